@@ -1,0 +1,139 @@
+"""The nouns of the library: train states, batches, and the callable types between the floors.
+
+Every class is a pytree of arrays and nothing else, so it can be jitted, donated, sharded, vmapped,
+checkpointed and compared without special cases.
+
+Legend of shapes: B rows, T tokens of a row, P tokens of a prompt, K responses to one prompt, V vocabulary,
+D width of the model. Masks are bool and True means "keep". Every `[B, T]` array is aligned to its tokens: entry
+`t` belongs to `tokens[:, t]`, so `logprobs[b, t] = log p(tokens[b, t] | tokens[b, :t])` and `values[b, t]` is
+the value read before token `t` is emitted.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+Params: TypeAlias = Any
+"""A pytree of float arrays."""
+
+Cache: TypeAlias = Any
+"""A pytree of arrays that a model keeps between two calls while it decodes."""
+
+Metrics: TypeAlias = dict[str, Float[Array, ""]]
+"""Name to scalar."""
+
+WeightedMetrics: TypeAlias = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+"""Name to (total, weight): summed over micro-batches first, divided once at the end."""
+
+
+class CausalModel(NamedTuple):
+    """What the floors above know of a decoder: three pure functions. Bring any module that offers them.
+
+    `hidden(params, tokens [B, T], positions [B, T], segment_ids [B, T], cache | None) -> (hidden [B, T, D], cache)`
+        Position `t` sees tokens `<= t` of its own segment. Without a cache it returns None for it; with one it
+        appends the new tokens to what the cache holds and attends to all of it.
+    `unembed(params, hidden [..., D]) -> logits [..., V]`
+    `init_cache(batch_size, max_length) -> cache`
+    """
+
+    hidden: Callable[..., tuple[Float[Array, "B T D"], Cache]]
+    unembed: Callable[[Params, Float[Array, "... D"]], Float[Array, "... V"]]
+    init_cache: Callable[[int, int], Cache]
+
+
+Objective: TypeAlias = Callable[[Params, Any], tuple[Float[Array, ""], Float[Array, ""], WeightedMetrics]]
+"""`objective(params, batch) -> (total, weight, metrics)`; the loss is `total / weight`, divided once."""
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters under training. The optimiser itself is closed over by the step function."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+@struct.dataclass
+class PPOState:
+    """State of an RL run; `params` is `{"policy": ..., "critic": ...}`."""
+
+    step: Int[Array, ""]
+    """Finished iterations (rollout + update)."""
+    params: Params
+    opt_state: Any
+    kl_coef: Float[Array, ""]
+    """Coefficient of the KL leash, in reward units per nat."""
+
+
+@struct.dataclass
+class Frozen:
+    """What an RL iteration reads and never writes."""
+
+    ref_params: Params
+    reward_params: Params
+    reward_mean: Float[Array, ""]
+    """Mean and standard deviation of the raw scores on samples of the reference policy."""
+    reward_std: Float[Array, ""]
+
+
+@struct.dataclass
+class SequenceBatch:
+    """Rows of tokens to imitate (demonstrations)."""
+
+    tokens: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    """0 = padding; rows may pack several sequences as 1, 2, 3, ..."""
+    loss_mask: Bool[Array, "B T"]
+    """True where the token counts: the completion and its end of sequence."""
+
+
+@struct.dataclass
+class RankingBatch:
+    """K responses to each of B prompts, ranked. Pairs are K = 2 with ranks (0, 1)."""
+
+    tokens: Int[Array, "B K T"]
+    segment_ids: Int[Array, "B K T"]
+    ranks: Int[Array, "B K"]
+    """0 = best; equal ranks are ties."""
+    mask: Bool[Array, "B K"]
+    """False for places that hold no response (prompts may have fewer than K)."""
+
+
+@struct.dataclass
+class PromptBatch:
+    """Prompts to answer, left-padded so that all end in the same column."""
+
+    tokens: Int[Array, "B P"]
+    mask: Bool[Array, "B P"]
+
+
+@struct.dataclass
+class Generation:
+    """Prompts with the completions that were sampled for them."""
+
+    tokens: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    """1 for prompt and completion, 0 for padding on either side."""
+    completion_mask: Bool[Array, "B T"]
+    """True on sampled tokens, the end of sequence included."""
+    logprobs: Float[Array, "B T"]
+    """Log-probs of the sampled tokens at the sampling temperature, before any top-k or top-p; 0 elsewhere."""
+    ended: Bool[Array, "B"]
+    """True where the row emitted the end of sequence."""
+
+
+@struct.dataclass
+class Experience:
+    """One rollout with everything an RL update needs, computed once."""
+
+    tokens: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    """True on completion tokens."""
+    old_logprobs: Float[Array, "B T"]
+    old_values: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]

@@ -1,0 +1,25 @@
+"""Strictness for every test: two fake CPU devices, no silent rank promotion, a persistent compilation cache."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: `RLHF_JAX_DATA`, or `../shared/data` beside the checkout."""
+    folder = Path(os.environ.get("RLHF_JAX_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: set RLHF_JAX_DATA")
+    return folder
