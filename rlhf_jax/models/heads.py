@@ -1,0 +1,43 @@
+"""Scalar heads on a trunk: one number per position, for reward and value models.
+
+A reward model is `{"trunk": params of a causal model, "head": a scalar head}`; a critic has the same form, or holds a
+head alone when it shares the policy's trunk.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.functional.masking import last_true_index, positions_from_segments
+from rlhf_jax.types import CausalModel, Params
+
+
+def init_reward_head(key: jax.Array, model_dim: int) -> Params:
+    """Weights N(0, 1/(d+1)), bias 0 (Stiennon et al. 2020; lm-human-preferences `model.py`)."""
+    stddev = (model_dim + 1) ** -0.5
+    return {"weight": stddev * jax.random.normal(key, (model_dim,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def init_value_head(model_dim: int) -> Params:
+    """All zeros, so the first advantages are the shaped rewards themselves (lm-human-preferences `model.py`)."""
+    return {"weight": jnp.zeros((model_dim,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def scalar_head(head: Params, hidden: jax.Array) -> jax.Array:
+    """`[B, T, D]` → `[B, T]`: `hidden · weight + bias` in float32."""
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["weight"]) + head["bias"]
+
+
+def sequence_scores(model: CausalModel, params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Scores `[B]` of a reward model: the head read at the last real token of each row.
+
+    Args:
+      model: the trunk's functions.
+      params: `{"trunk": ..., "head": ...}`.
+      tokens: `[B, T]` prompt and completion, one sequence a row, padded anywhere.
+      segment_ids: `[B, T]`, 0 = padding.
+    """
+    positions = positions_from_segments(segment_ids)
+    hidden, _ = model.hidden(params["trunk"], tokens, positions, segment_ids)
+    last = last_true_index(segment_ids > 0)
+    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return scalar_head(params["head"], final)[:, 0]

@@ -1,0 +1,87 @@
+"""Numbers for the report: means with intervals, win rates, held-out likelihood, reward-model accuracy."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.types import Objective, Params, WeightedMetrics
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def proportion_interval(outcomes: np.ndarray, *, z: float = 1.959964) -> Interval:
+    """Mean of outcomes in [0, 1] with Wilson's score interval (Wilson 1927).
+
+    Outcomes may be fractions (a tie counts 0.5): their variance is at most p(1 - p), so the interval is then on the safe
+    side.
+    """
+    outcomes = np.asarray(outcomes, np.float64)
+    if outcomes.size == 0 or not np.all((outcomes >= 0) & (outcomes <= 1)):
+        raise ValueError(f"outcomes must be one or more numbers in [0, 1], got {outcomes.size} of them")
+    n, p = outcomes.size, float(outcomes.mean())
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(p, min(p, centre - half), max(p, centre + half), n)
+
+
+def mean_interval(values: np.ndarray, *, z: float = 1.959964) -> Interval:
+    """Mean of independent values with the normal interval `mean ± z s / sqrt(n)`."""
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        raise ValueError(f"an interval needs at least two values, got {values.size}")
+    half = z * float(values.std(ddof=1)) / math.sqrt(values.size)
+    mean = float(values.mean())
+    return Interval(mean, mean - half, mean + half, values.size)
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """How often our score beats theirs on the same prompt; equal scores count one half.
+
+    Args:
+      ours, theirs: `[N]` a judge's scores, one prompt each.
+    """
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"scores must pair up, got shapes {ours.shape} and {theirs.shape}")
+    return proportion_interval((ours > theirs) + 0.5 * (ours == theirs))
+
+
+def matched_win_rate(ours: np.ndarray, theirs: np.ndarray, our_sizes: np.ndarray, their_sizes: np.ndarray) -> Interval:
+    """The win rate over the comparisons whose two completions have the same length, so that length cannot win."""
+    same = np.asarray(our_sizes) == np.asarray(their_sizes)
+    return win_rate(np.asarray(ours)[same], np.asarray(theirs)[same])
+
+
+def evaluate(objective: Objective) -> Callable[[Params, Iterable], dict[str, float]]:
+    """Build `evaluation(params, batches) -> {metric: mean}`: an objective's metrics over a whole data set.
+
+    Totals and weights are summed over the batches and divided once.
+    """
+
+    @jax.jit
+    def step(params: Params, batch) -> WeightedMetrics:
+        return objective(params, batch)[2]
+
+    def evaluation(params: Params, batches: Iterable) -> dict[str, float]:
+        sums: dict[str, np.ndarray] = {}
+        for batch in batches:
+            for name, pair in jax.device_get(step(params, batch)).items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+        if not sums:
+            raise ValueError("nothing to evaluate: no batch was given")
+        return {name: float(total / max(weight, 1.0)) for name, (total, weight) in sums.items()}
+
+    return evaluation

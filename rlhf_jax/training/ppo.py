@@ -1,0 +1,138 @@
+"""A whole PPO iteration as one pure function: generate, score, shape, estimate advantages, update, adapt the leash."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from rlhf_jax.functional.kl import adaptive_kl_coef
+from rlhf_jax.models.heads import init_value_head
+from rlhf_jax.objectives import PolicyBatch
+from rlhf_jax.training.train_step import update_epochs
+from rlhf_jax.types import (
+    Experience,
+    Frozen,
+    Generation,
+    Metrics,
+    Params,
+    PPOState,
+    PromptBatch,
+    SequenceBatch,
+    TrainState,
+)
+
+
+@struct.dataclass
+class PPOBatch:
+    """What enters one iteration."""
+
+    prompts: PromptBatch
+    demonstrations: SequenceBatch | None = None
+    """For PPO-ptx: one row of text to keep likely beside every sampled row."""
+
+
+PPOIteration = Callable[[Frozen, PPOState, PPOBatch, jax.Array], tuple[PPOState, Metrics]]
+
+
+def init_ppo_state(
+    policy_params: Params,
+    critic_params: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    kl_coef: float = 0.15,
+) -> PPOState:
+    """Start from the SFT policy; 0.15 is the first coefficient of lm-human-preferences' adaptive leash.
+
+    The arrays are copied: the state may be donated while the reference policy lives on.
+    """
+    params = jax.tree.map(jnp.copy, {"policy": policy_params, "critic": critic_params})
+    return PPOState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        kl_coef=jnp.asarray(kl_coef, jnp.float32),
+    )
+
+
+def critic_from_trunk(trunk: Params, model_dim: int) -> Params:
+    """A separate critic that starts from `trunk` (the policy's or the reward model's) and predicts 0."""
+    return {"trunk": trunk, "head": init_value_head(model_dim)}
+
+
+def make_ppo_update(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    *,
+    num_epochs: int = 4,
+    num_minibatches: int = 1,
+    kl_target: float | None = 6.0,
+    kl_horizon: float = 10_000.0,
+    ptx_coef: float = 0.0,
+) -> Callable[[PPOState, Experience, SequenceBatch | None, jax.Array, jax.Array], tuple[PPOState, Metrics]]:
+    """Build `update(state, experience, demonstrations, kl, key) -> (state, metrics)`, the learning half of an iteration.
+
+    Args:
+      train_step: from `make_train_step(actor_critic(...), optimizer)`.
+      num_epochs, num_minibatches: 4 and 1 in lm-human-preferences.
+      kl_target: nats per completion that the leash's coefficient steers to; None keeps the coefficient fixed.
+      kl_horizon: the controller's slowness, in completions.
+      ptx_coef: weight of the demonstrations' mean token loss relative to the mean PPO loss (PPO-ptx; Ouyang et al. 2022
+        use 27.8 at their own normalisation).
+    """
+
+    def update(
+        state: PPOState, experience: Experience, demonstrations: SequenceBatch | None, kl: jax.Array, key: jax.Array
+    ) -> tuple[PPOState, Metrics]:
+        num_rows = experience.tokens.shape[0]
+        batch = PolicyBatch(experience=experience)
+        if demonstrations is not None:
+            per_token = ptx_coef * experience.mask.sum() / jnp.maximum(demonstrations.loss_mask.sum(), 1)
+            weights = jnp.full((num_rows,), per_token, jnp.float32)
+            batch = PolicyBatch(experience, demonstrations, weights)
+        inner = TrainState(state.step, state.params, state.opt_state)
+        inner, history = update_epochs(
+            train_step, inner, batch, key, num_epochs=num_epochs, num_minibatches=num_minibatches
+        )
+        kl_coef = state.kl_coef
+        if kl_target is not None:
+            kl_coef = adaptive_kl_coef(kl_coef, kl, target=kl_target, horizon=kl_horizon, num_samples=num_rows)
+        metrics = {name: values.mean() for name, values in history.items()}
+        # How far the first minibatch was from on-policy: ratio 1 and KL 0 unless sampling and training disagree.
+        metrics["policy/first_approxkl"] = history["policy/approxkl_avg"][0]
+        metrics["grad/finite"] = history["grad/finite"].min()
+        return PPOState(state.step + 1, inner.params, inner.opt_state, kl_coef), metrics
+
+    return update
+
+
+def make_ppo_iteration(
+    sample_fn: Callable[[Params, PromptBatch, jax.Array], Generation],
+    score_fn: Callable[[Frozen, Generation], jax.Array],
+    experience_fn: Callable[..., tuple[Experience, Metrics]],
+    update_fn: Callable[..., tuple[PPOState, Metrics]],
+) -> PPOIteration:
+    """Compose one iteration, `iteration(frozen, state, batch, key) -> (state, metrics)`.
+
+    Pure: jit it with `donate_argnames="state"`, vmap it over seeds (`in_axes=(None, 0, None, 0)`) or run its four parts one
+    by one with a Python reward in the middle. `functools.partial(jax.jit(iteration), frozen)` is the form
+    `(state, batch, key) -> (state, metrics)`; the frozen models are an argument so that they are neither baked into the
+    program nor stored with the state.
+
+    Args:
+      sample_fn: `(policy_params, prompts, key) -> Generation`.
+      score_fn: from `make_score_fn`.
+      experience_fn: from `make_experience_fn`.
+      update_fn: from `make_ppo_update`.
+    """
+
+    def iteration(frozen: Frozen, state: PPOState, batch: PPOBatch, key: jax.Array) -> tuple[PPOState, Metrics]:
+        sample_key, update_key = jax.random.split(key)
+        generation = sample_fn(state.params["policy"], batch.prompts, sample_key)
+        scores = score_fn(frozen, generation)
+        experience, metrics = experience_fn(state.params, frozen.ref_params, generation, scores, state.kl_coef)
+        state, learned = update_fn(state, experience, batch.demonstrations, metrics["objective/kl"], update_key)
+        return state, {**metrics, **learned}
+
+    return iteration

@@ -1,0 +1,162 @@
+"""Sampling: the sampler's log-probs are the training forward's, the noise is fresh, the lengths are right."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.generation.generate import generate
+from rlhf_jax.generation.sampling import filter_top_k, filter_top_p, sample_token
+from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.types import PromptBatch
+
+NEW = 6
+
+
+@partial(jax.jit, static_argnames=("temperature", "top_k", "top_p", "samples_per_prompt", "eos_id", "pad_id"))
+def sample(params, prompts, key, row_limits=None, **options):
+    options = {"eos_id": tiny.EOS, "pad_id": tiny.PAD, **options}
+    return generate(tiny.MODEL, params, prompts, key, max_new_tokens=NEW, row_limits=row_limits, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_the_training_forward(temperature):
+    params = tiny.init_params()
+    out = sample(params, tiny.prompts(), jax.random.key(0), temperature=temperature)
+    again = sequence_token_logprobs(tiny.MODEL, params, out.tokens, out.segment_ids, temperature=temperature)
+    mask = np.asarray(out.completion_mask)
+    assert mask.sum() > 8
+    np.testing.assert_allclose(np.asarray(out.logprobs)[mask], np.asarray(again)[mask], atol=1e-5)
+    assert np.all(np.asarray(out.logprobs)[~mask] == 0)
+
+
+def test_lengths_masks_and_eos():
+    out = sample(tiny.init_params(), tiny.prompts((3, 5) * 16), jax.random.key(1))
+    tokens, mask, segments = (np.asarray(x) for x in (out.tokens, out.completion_mask, out.segment_ids))
+    for row in range(32):
+        completion = tokens[row, 5:]
+        ends = np.flatnonzero(completion == tiny.EOS)
+        size = ends[0] + 1 if ends.size else NEW
+        assert bool(out.ended[row]) == bool(ends.size)
+        np.testing.assert_array_equal(mask[row], [False] * 5 + [True] * size + [False] * (NEW - size))
+        assert np.all(completion[size:] == tiny.PAD)
+        np.testing.assert_array_equal(segments[row, 5:], mask[row, 5:])
+    assert 0 < np.asarray(out.ended).sum() < 32
+
+
+def test_pad_may_equal_eos():
+    apart = sample(tiny.init_params(), tiny.prompts((3, 5) * 8), jax.random.key(1))
+    same = sample(tiny.init_params(), tiny.prompts((3, 5) * 8), jax.random.key(1), pad_id=tiny.EOS)
+    np.testing.assert_array_equal(apart.completion_mask, same.completion_mask)
+    np.testing.assert_array_equal(apart.logprobs, same.logprobs)
+
+
+def test_wider_padding_changes_nothing():
+    narrow = sample(tiny.init_params(), tiny.prompts(width=5), jax.random.key(2))
+    wide = sample(tiny.init_params(), tiny.prompts(width=9), jax.random.key(2))
+    np.testing.assert_array_equal(narrow.tokens[:, 5:], wide.tokens[:, 9:])
+    np.testing.assert_allclose(narrow.logprobs[:, 5:], wide.logprobs[:, 9:], atol=1e-5)
+
+
+def test_same_key_same_text_fresh_key_fresh_text():
+    params, prompts = tiny.init_params(), tiny.prompts((3, 5) * 8)
+    first = sample(params, prompts, jax.random.key(3))
+    assert np.array_equal(first.tokens, sample(params, prompts, jax.random.key(3)).tokens)
+    assert not np.array_equal(first.tokens, sample(params, prompts, jax.random.key(4)).tokens)
+
+
+def test_samples_of_a_prompt_differ_and_stay_together():
+    out = sample(tiny.init_params(), tiny.prompts((3, 5)), jax.random.key(5), samples_per_prompt=4)
+    tokens = np.asarray(out.tokens)
+    assert tokens.shape[0] == 8
+    np.testing.assert_array_equal(tokens[:4, :5], np.repeat(tokens[:1, :5], 4, axis=0))
+    np.testing.assert_array_equal(tokens[4:, :5], np.repeat(tokens[4:5, :5], 4, axis=0))
+    assert len({tuple(row) for row in tokens[:4, 5:].tolist()}) > 1
+
+
+def test_row_limits():
+    limits = jnp.asarray([1, 2, 6, 3])
+    out = sample(tiny.init_params(), tiny.prompts(), jax.random.key(6), row_limits=limits)
+    sizes = np.asarray(out.completion_mask).sum(axis=1)
+    assert np.all(sizes <= np.asarray(limits))
+    assert np.all((sizes == np.asarray(limits)) | np.asarray(out.ended))
+
+
+def test_greedy_takes_the_most_likely_token():
+    params = tiny.init_params()
+    out = sample(params, tiny.prompts(), jax.random.key(7), temperature=0)
+    other = sample(params, tiny.prompts(), jax.random.key(8), temperature=0)
+    np.testing.assert_array_equal(out.tokens, other.tokens)
+    row = [int(t) for t, keep in zip(out.tokens[0], out.segment_ids[0], strict=True) if keep]
+    for size in range(3, len(row)):
+        hidden, _ = tiny.MODEL.hidden(
+            params, jnp.asarray([row[:size]]), jnp.arange(size)[None], jnp.ones((1, size), jnp.int32)
+        )
+        assert int(jnp.argmax(tiny.MODEL.unembed(params, hidden[0, -1]))) == row[size]
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    """A model that always says EOS, and counts its forwards by a NaN that only a needless one would read."""
+    calls = []
+
+    def hidden(params, tokens, positions, segment_ids, cache=None):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.zeros((*tokens.shape, 1)), cache
+
+    model = tiny.MODEL._replace(
+        hidden=hidden,
+        unembed=lambda params, states: jnp.zeros((*states.shape[:-1], 3)).at[..., 1].set(50.0),
+        init_cache=lambda batch_size, length: jnp.zeros(()),
+    )
+    out = generate(model, {}, tiny.prompts(), jax.random.key(0), max_new_tokens=100, eos_id=1, pad_id=0)
+    jax.block_until_ready(out.tokens)
+    jax.effects_barrier()
+    assert len(calls) == 1
+    np.testing.assert_array_equal(np.asarray(out.completion_mask).sum(axis=1), 1)
+
+
+def test_sampling_law():
+    """Frequencies of 40,000 draws within 4 standard errors of the tempered, filtered law."""
+    logits = jnp.asarray([1.0, 0.5, 0.0, -0.5, -1.0])
+    many = jnp.tile(logits[None], (40_000, 1))
+    for options, kept in [
+        ({"temperature": 0.5}, [1, 1, 1, 1, 1]),
+        ({"temperature": 2.0, "top_k": 3}, [1, 1, 1, 0, 0]),
+        ({"top_p": 0.5}, [1, 1, 0, 0, 0]),
+    ]:
+        law = np.exp(np.asarray(logits) / options.get("temperature", 1.0)) * np.asarray(kept)
+        law /= law.sum()
+        tokens, logprobs = sample_token(jax.random.key(9), many, **options)
+        seen = np.bincount(np.asarray(tokens), minlength=5) / 40_000
+        assert np.all(np.abs(seen - law) <= 4 * np.sqrt(law * (1 - law) / 40_000)), (options, seen, law)
+        tempered = jax.nn.log_softmax(logits / options.get("temperature", 1.0))
+        np.testing.assert_allclose(logprobs, np.asarray(tempered)[np.asarray(tokens)], rtol=1e-5)
+
+
+def test_filters_against_a_loop():
+    logits = np.random.default_rng(0).normal(size=(20, 7)).astype(np.float32) * 2
+    for p in (0.1, 0.6, 0.95):
+        kept = np.isfinite(np.asarray(filter_top_p(jnp.asarray(logits), p)))
+        for row, keep in zip(logits, kept, strict=True):
+            order, mass, expected = np.argsort(-row), 0.0, np.zeros(7, bool)
+            probabilities = np.exp(row) / np.exp(row).sum()
+            for token in order:
+                if mass < p:
+                    expected[token] = True
+                mass += probabilities[token]
+            np.testing.assert_array_equal(keep, expected)
+    kept = np.isfinite(np.asarray(filter_top_k(jnp.asarray(logits), 2)))
+    np.testing.assert_array_equal(kept, np.argsort(np.argsort(-logits, axis=1), axis=1) < 2)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="top_k must lie in 1..5"):
+        filter_top_k(jnp.zeros((1, 5)), 9)
+    with pytest.raises(ValueError, match="top_p must lie in"):
+        filter_top_p(jnp.zeros((1, 5)), 0.0)
+    empty = PromptBatch(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        generate(tiny.MODEL, {}, empty, jax.random.key(0), max_new_tokens=0, eos_id=1, pad_id=0)
