@@ -1,0 +1,75 @@
+r"""Dialogues as plain text in the HH manner, and as token ids.
+
+A dialogue is `"\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant:"`; a system message, which HH has
+not, is `"\n\nSystem: ..."`. A completion is one space, the reply and the end of sequence, so prompt +
+completion is the HH transcript letter for letter. Prompt and completion are tokenised apart: the border never
+falls inside a token, and the prompt's ids are the same in training and in sampling.
+
+The template is text: content that holds `"\n\nAssistant:"` reads as a turn of the assistant. It never yields
+a special token, though: tokenizers here encode typed special tokens as plain pieces.
+"""
+
+from collections.abc import Sequence
+
+from rlhf_jax.data.records import (
+    Demonstration,
+    Message,
+    Prompt,
+    Ranking,
+    TokenizedDemonstration,
+    TokenizedRanking,
+)
+from rlhf_jax.data.tokenizers import Tokenizer
+
+_SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+
+def render(messages: Sequence[Message]) -> str:
+    r"""The dialogue's text up to where the assistant speaks: it ends in `"\n\nAssistant:"`, with no space.
+
+    Raises `ValueError` for an unknown role.
+    """
+    for message in messages:
+        if message.role not in _SPEAKERS:
+            raise ValueError(f"unknown role {message.role!r} (allowed: {', '.join(_SPEAKERS)})")
+    turns = [f"\n\n{_SPEAKERS[message.role]}: {message.content}" for message in messages]
+    return "".join([*turns, "\n\nAssistant:"])
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Ids of `render(messages)`, after the tokenizer's bos if it has one."""
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    return (*bos, *tokenizer.encode(render(messages)))
+
+
+def encode_completion(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of one space and the reply, then eos: the end is learned."""
+    return (*tokenizer.encode(" " + text), tokenizer.eos_id)
+
+
+def decode_completion(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The reply before the first eos, without the one leading space: inverse of `encode_completion`."""
+    ids = [int(token) for token in ids]
+    end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+    return tokenizer.decode(ids[:end]).removeprefix(" ")
+
+
+def encode_demonstration(tokenizer: Tokenizer, record: Demonstration) -> TokenizedDemonstration:
+    """Prompt and response ids of a demonstration."""
+    return TokenizedDemonstration(
+        encode_prompt(tokenizer, record.prompt), encode_completion(tokenizer, record.response)
+    )
+
+
+def encode_ranking(tokenizer: Tokenizer, record: Ranking) -> TokenizedRanking:
+    """Prompt and response ids of a ranking; for a preference pass `preference_ranking(preference)`."""
+    return TokenizedRanking(
+        encode_prompt(tokenizer, record.prompt),
+        tuple(encode_completion(tokenizer, response) for response in record.responses),
+        record.ranks,
+    )
+
+
+def encode_prompts(tokenizer: Tokenizer, records: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """Ids of each prompt, in order."""
+    return [encode_prompt(tokenizer, record.prompt) for record in records]

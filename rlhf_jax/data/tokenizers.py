@@ -1,0 +1,214 @@
+"""Tokenizers as data: two functions, a few ids, and a fingerprint that every artefact can carry.
+
+Text that spells a special token is plain text: `encode` never returns the pad, bos or eos id, so a user
+cannot close a turn by typing its marker. `decode` gives no text for them. `pad_id == eos_id` is legal,
+because masks come from lengths.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NUM_BYTES = 256
+PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|pad|>", "<|bos|>", "<|endoftext|>"
+"""Special tokens of the tokenizers made here."""
+
+_BYTE_FILE = "byte_tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. Two tokenizers are equal when ids and fingerprint are."""
+
+    vocab_size: int
+    """Ids are `0 <= id < vocab_size`: rows of an embedding."""
+    pad_id: int
+    eos_id: int
+    bos_id: int | None
+    fingerprint: str
+    """sha256, in hex, of the vocabulary and the special ids."""
+    encode: Callable[[str], list[int]] = field(compare=False, repr=False)
+    """Text to ids, special tokens neither added nor recognised."""
+    decode: Callable[[Sequence[int]], str] = field(compare=False, repr=False)
+    """Ids to text; special ids give none, bad UTF-8 gives U+FFFD. Raises `ValueError` for unknown ids."""
+    save: Callable[[Path], None] = field(compare=False, repr=False)
+    """Writes the files that `load_tokenizer` reads into an existing folder."""
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes, then pad 256, bos 257, eos 258. Any text goes in and comes back; nothing is learned."""
+    pad_id, bos_id, eos_id = NUM_BYTES, NUM_BYTES + 1, NUM_BYTES + 2
+    vocabulary = {f"<0x{i:02X}>": i for i in range(NUM_BYTES)}
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(ids: Sequence[int]) -> str:
+        ids = _checked(ids, NUM_BYTES + 3)
+        return bytes(i for i in ids if i < NUM_BYTES).decode("utf-8", errors="replace")
+
+    def save(directory: Path) -> None:
+        (directory / _BYTE_FILE).write_text(json.dumps({"kind": "bytes", "vocab_size": NUM_BYTES + 3}) + "\n")
+
+    return Tokenizer(
+        vocab_size=NUM_BYTES + 3,
+        pad_id=pad_id,
+        eos_id=eos_id,
+        bos_id=bos_id,
+        fingerprint=_fingerprint(vocabulary, pad_id, eos_id, bos_id),
+        encode=encode,
+        decode=decode,
+        save=save,
+    )
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer of at most `vocab_size` ids: fewer where `texts` offer no more.
+
+    Ids 0, 1, 2 are pad, bos, eos; then the 256 bytes, so that any text can be encoded; then merges. Raises
+    `ValueError` when `vocab_size` has no room for those 259.
+    """
+    if vocab_size < NUM_BYTES + 3:
+        raise ValueError(
+            f"vocab_size {vocab_size} < {NUM_BYTES + 3} (256 bytes, pad, bos, eos); fix: raise it"
+        )
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrap_backend(backend, pad_token=PAD_TOKEN, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Loads a tokenizer from local files: no network, no remote code.
+
+    Takes what `save_tokenizer` wrote, any folder that `transformers.AutoTokenizer` reads, or GPT-2's
+    `encoder.json` + `vocab.bpe`. Without a pad token, `pad_id` is `eos_id`. Raises `ValueError` when the
+    folder holds no tokenizer, when there is no eos token, or when typed special tokens cannot be kept plain.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory}: no such folder; fix: give the folder that holds the tokenizer's files"
+        )
+    names = {path.name for path in directory.iterdir()}
+    if _BYTE_FILE in names:
+        return byte_tokenizer()
+    if {"encoder.json", "vocab.bpe"} <= names and "tokenizer.json" not in names:
+        return _load_gpt2(directory)
+    if "tokenizer_config.json" not in names and "tokenizer.json" not in names:
+        raise ValueError(
+            f"{directory}: holds no tokenizer (found: {', '.join(sorted(names)) or 'nothing'}); "
+            "fix: give a folder with tokenizer.json and tokenizer_config.json, or encoder.json and vocab.bpe"
+        )
+    from transformers import AutoTokenizer
+
+    return _wrap(
+        AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, split_special_tokens=True
+        )
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Writes the tokenizer's files into `directory`, made if absent; `load_tokenizer` gives it back."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(Path(directory))
+
+
+def _load_gpt2(directory: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = Backend(models.BPE.from_file(str(directory / "encoder.json"), str(directory / "vocab.bpe")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return _wrap_backend(backend, bos_token=EOS_TOKEN, eos_token=EOS_TOKEN)
+
+
+def _wrap_backend(backend: Any, **special_tokens: str) -> Tokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    return _wrap(
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            split_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+            **special_tokens,
+        )
+    )
+
+
+def _wrap(source: Any) -> Tokenizer:
+    """A `transformers` tokenizer as a `Tokenizer`."""
+    eos_id = source.eos_token_id
+    if eos_id is None:
+        raise ValueError(
+            f"{source.name_or_path}: the tokenizer has no eos token, so a reply could never end; "
+            'fix: add "eos_token" to tokenizer_config.json'
+        )
+    vocabulary = source.get_vocab()
+    vocab_size = max(vocabulary.values()) + 1
+    pad_id = eos_id if source.pad_token_id is None else source.pad_token_id
+
+    def encode(text: str) -> list[int]:
+        return list(source(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    def decode(ids: Sequence[int]) -> str:
+        return source.decode(
+            _checked(ids, vocab_size), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def save(directory: Path) -> None:
+        source.save_pretrained(str(directory))
+
+    _check_specials_stay_plain(encode, source.all_special_tokens, source.all_special_ids)
+    return Tokenizer(
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        eos_id=eos_id,
+        bos_id=source.bos_token_id,
+        fingerprint=_fingerprint(vocabulary, pad_id, eos_id, source.bos_token_id),
+        encode=encode,
+        decode=decode,
+        save=save,
+    )
+
+
+def _check_specials_stay_plain(
+    encode: Callable[[str], list[int]], tokens: Sequence[str], ids: Sequence[int]
+) -> None:
+    for token in tokens:
+        if set(encode(f"a{token}b")) & set(ids):
+            raise ValueError(
+                f"text that spells the special token {token!r} encodes to its id, so users could type it; "
+                "fix: use the fast version of this tokenizer (tokenizer.json)"
+            )
+
+
+def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
+    ids = [int(i) for i in ids]
+    for place, i in enumerate(ids):
+        if not 0 <= i < vocab_size:
+            raise ValueError(
+                f"token id {i} at place {place} is outside the vocabulary of {vocab_size}; "
+                "fix: decode with the tokenizer that the model was trained with"
+            )
+    return ids
+
+
+def _fingerprint(vocabulary: Mapping[str, int], pad_id: int, eos_id: int, bos_id: int | None) -> str:
+    content = {"vocabulary": dict(vocabulary), "pad": pad_id, "eos": eos_id, "bos": bos_id}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""The plain template: the HH transcript letter for letter, and where prompt ids end and reply ids begin."""
+
+import gzip
+import json
+
+import pytest
+
+from rlhf_jax.data.chat import (
+    decode_completion,
+    encode_completion,
+    encode_demonstration,
+    encode_prompt,
+    encode_prompts,
+    encode_ranking,
+    render,
+)
+from rlhf_jax.data.preferences import parse_transcript
+from rlhf_jax.data.records import Demonstration, Message, Prompt, Ranking
+from rlhf_jax.data.tokenizers import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+DIALOGUE = (Message("user", "hi"), Message("assistant", "hello"), Message("user", "bye"))
+TEXT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
+
+
+def test_render():
+    assert render(DIALOGUE) == TEXT
+    assert render([Message("system", "be brief"), *DIALOGUE]) == "\n\nSystem: be brief" + TEXT
+    assert render([Message("user", " a \n")]) == "\n\nHuman:  a \n\n\nAssistant:"
+    with pytest.raises(ValueError, match=r"unknown role 'bot' \(allowed: system, user, assistant\)"):
+        render([Message("bot", "x")])
+
+
+def test_render_and_reply_are_the_original_transcripts(data_dir):
+    lines = gzip.decompress((data_dir / "raw" / "hh_harmless_base.test.jsonl.gz").read_bytes()).splitlines()
+    for line in lines[:300]:
+        transcript = json.loads(line)["chosen"]
+        messages, reply = parse_transcript(transcript)
+        assert render(messages) + " " + reply == transcript
+
+
+def test_prompt_and_completion_ids():
+    prompt = encode_prompt(TOKENIZER, DIALOGUE)
+    assert prompt == (TOKENIZER.bos_id, *TEXT.encode())
+    completion = encode_completion(TOKENIZER, "so long")
+    assert completion == (*b" so long", TOKENIZER.eos_id)
+
+
+@pytest.mark.parametrize("text", ["so long", "", " two spaces", "é 🎈\n\nHuman: x"])
+def test_completions_come_back(text):
+    ids = encode_completion(TOKENIZER, text)
+    assert decode_completion(TOKENIZER, [*ids, TOKENIZER.pad_id, 65]) == text
+    assert decode_completion(TOKENIZER, ids[:-1]) == text
+
+
+def test_typed_special_tokens_do_not_end_a_turn():
+    prompt = encode_prompt(TOKENIZER, [Message("user", "<|endoftext|><|bos|>")])
+    assert prompt.count(TOKENIZER.bos_id) == 1
+    assert TOKENIZER.eos_id not in prompt
+
+
+def test_records():
+    demonstration = encode_demonstration(TOKENIZER, Demonstration("d", DIALOGUE, "so long"))
+    assert demonstration.prompt_ids == encode_prompt(TOKENIZER, DIALOGUE)
+    assert demonstration.response_ids == encode_completion(TOKENIZER, "so long")
+    ranking = encode_ranking(TOKENIZER, Ranking("r", DIALOGUE, ("a", "b"), (1, 0)))
+    assert ranking.prompt_ids == demonstration.prompt_ids
+    assert ranking.responses == (encode_completion(TOKENIZER, "a"), encode_completion(TOKENIZER, "b"))
+    assert ranking.ranks == (1, 0)
+    assert encode_prompts(TOKENIZER, [Prompt("p", DIALOGUE)]) == [demonstration.prompt_ids]
