@@ -12,7 +12,7 @@ from rlhf_jax.types import Frozen, PromptBatch
 VOCAB, EOS, PAD = 17, 1, 0
 
 CONFIG = TransformerConfig(
-    vocab_size=VOCAB, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24, init_stddev=0.3
+    vocab_size=VOCAB, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24
 )
 MODEL = transformer.causal_model(CONFIG)
 

@@ -33,7 +33,6 @@ class TransformerConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    init_stddev: float = 0.02
     dtype: str = "float32"
     """Compute dtype of the matrix products. Norms, softmax and logits are float32 whatever it is."""
     remat: bool = False
@@ -59,25 +58,27 @@ class KVCache:
 def param_specs(config: TransformerConfig) -> Specs:
     """Every array of the model with its shape, logical axes and initialiser.
 
-    Matrices start as N(0, init_stddev²); those that write into the residual stream are divided by sqrt(2 L)
-    (GPT-2, Radford et al. 2019, §2.3), so the stream's variance does not grow with depth.
+    Matrices start as N(0, 1/fan_in) (LeCun et al. 1998), which suits widths from tens to thousands alike; those that
+    write into the residual stream are divided by sqrt(2 L) (GPT-2, Radford et al. 2019, §2.3), so that its variance
+    does not grow with depth. The embedding, which may also be the output matrix, is N(0, 1/D).
     """
-    c, std = config, config.init_stddev
-    residual = std / (2 * c.num_layers) ** 0.5
+    c = config
+    depth = (2 * c.num_layers) ** 0.5
 
     def stacked(shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None) -> ParamSpec:
         return ParamSpec((c.num_layers, *shape), ("layers", *axes), stddev)
 
+    std = c.model_dim**-0.5
     layers = {
         "attention_norm": stacked((c.model_dim,), ("embed",), None),
         "query": stacked((c.model_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), std),
         "key": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
         "value": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
-        "out": stacked((c.num_heads, c.head_dim, c.model_dim), ("heads", "head_dim", "embed"), residual),
+        "out": stacked((c.num_heads, c.head_dim, c.model_dim), ("heads", "head_dim", "embed"), (c.num_heads * c.head_dim) ** -0.5 / depth),
         "mlp_norm": stacked((c.model_dim,), ("embed",), None),
         "gate": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
         "up": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
-        "down": stacked((c.mlp_dim, c.model_dim), ("mlp", "embed"), residual),
+        "down": stacked((c.mlp_dim, c.model_dim), ("mlp", "embed"), c.mlp_dim**-0.5 / depth),
     }
     specs = {
         "embedding": ParamSpec((c.vocab_size, c.model_dim), ("vocab", "embed"), std),

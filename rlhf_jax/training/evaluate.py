@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from scipy.special import stdtrit
 
 from rlhf_jax.types import Objective, Params, WeightedMetrics
 
@@ -25,8 +26,8 @@ class Interval(NamedTuple):
 def proportion_interval(outcomes: np.ndarray, *, z: float = 1.959964) -> Interval:
     """Mean of outcomes in [0, 1] with Wilson's score interval (Wilson 1927).
 
-    Outcomes may be fractions (a tie counts 0.5): their variance is at most p(1 - p), so the interval is then on the safe
-    side.
+    Outcomes may be fractions (a tie counts 0.5): their variance is at most p(1 - p), so the interval is then on the
+    safe side.
     """
     outcomes = np.asarray(outcomes, np.float64)
     if outcomes.size == 0 or not np.all((outcomes >= 0) & (outcomes <= 1)):
@@ -37,12 +38,14 @@ def proportion_interval(outcomes: np.ndarray, *, z: float = 1.959964) -> Interva
     return Interval(p, min(p, centre - half), max(p, centre + half), n)
 
 
-def mean_interval(values: np.ndarray, *, z: float = 1.959964) -> Interval:
-    """Mean of independent values with the normal interval `mean ± z s / sqrt(n)`."""
+def mean_interval(values: np.ndarray) -> Interval:
+    """Mean of independent values with Student's 95 % interval `mean ± t s / sqrt(n)`, t at n - 1 degrees of freedom."""
     values = np.asarray(values, np.float64)
-    if values.size < 2:
-        raise ValueError(f"an interval needs at least two values, got {values.size}")
-    half = z * float(values.std(ddof=1)) / math.sqrt(values.size)
+    if values.size < 2 or not np.all(np.isfinite(values)):
+        finite = np.isfinite(values).sum()
+        raise ValueError(f"an interval needs two or more finite values, got {finite} of {values.size}")
+    quantile = float(stdtrit(values.size - 1, 0.975))
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
     mean = float(values.mean())
     return Interval(mean, mean - half, mean + half, values.size)
 
@@ -56,13 +59,26 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> Interval:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     if ours.shape != theirs.shape:
         raise ValueError(f"scores must pair up, got shapes {ours.shape} and {theirs.shape}")
+    finite = np.isfinite(ours) & np.isfinite(theirs)
+    if not finite.all():
+        raise ValueError(f"{(~finite).sum()} of {finite.size} comparisons have a score that is not finite")
     return proportion_interval((ours > theirs) + 0.5 * (ours == theirs))
 
 
 def matched_win_rate(ours: np.ndarray, theirs: np.ndarray, our_sizes: np.ndarray, their_sizes: np.ndarray) -> Interval:
-    """The win rate over the comparisons whose two completions have the same length, so that length cannot win."""
-    same = np.asarray(our_sizes) == np.asarray(their_sizes)
-    return win_rate(np.asarray(ours)[same], np.asarray(theirs)[same])
+    """The win rate over the comparisons whose two completions have the same length, so that length cannot win.
+
+    Raises:
+      ValueError: no comparison has.
+    """
+    ours, theirs, our_sizes, their_sizes = (np.asarray(x) for x in (ours, theirs, our_sizes, their_sizes))
+    if not ours.shape == theirs.shape == our_sizes.shape == their_sizes.shape:
+        shapes = [x.shape for x in (ours, theirs, our_sizes, their_sizes)]
+        raise ValueError(f"scores and sizes must pair up, got shapes {shapes}")
+    same = our_sizes == their_sizes
+    if not same.any():
+        raise ValueError(f"none of the {same.size} comparisons has two completions of equal length")
+    return win_rate(ours[same], theirs[same])
 
 
 def evaluate(objective: Objective) -> Callable[[Params, Iterable], dict[str, float]]:

@@ -24,8 +24,8 @@ def scale_by_adam_unscaled_eps(*, b1: float = 0.9, b2: float = 0.999, eps: float
     """
 
     def init(params: optax.Params) -> AdamMoments:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return AdamMoments(jnp.zeros((), jnp.int32), zeros, zeros)
+        first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return AdamMoments(jnp.zeros((), jnp.int32), first, second)
 
     def update(grads, moments: AdamMoments, params=None):
         del params

@@ -144,8 +144,8 @@ def test_every_array_has_its_axes_and_scale():
     params, axes = tiny.init_params(), logical_axes(specs)
     jax.tree.map(lambda array, names: None if len(names) == array.ndim else pytest.fail(str(names)), params, axes)
     assert num_params(params) == 17 * 16 + 2 * (16 * 4 * 4 * 2 + 16 * 2 * 4 * 2 + 3 * 16 * 24 + 2 * 16) + 16
-    assert abs(float(params["layers"]["gate"].std()) - 0.3) < 0.03
-    assert abs(float(params["layers"]["down"].std()) - 0.15) < 0.02
+    assert abs(float(params["layers"]["gate"].std()) - 16**-0.5) < 0.03
+    assert abs(float(params["layers"]["down"].std()) - (24 * 4) ** -0.5) < 0.02
 
 
 def test_impossible_shapes_are_refused():

@@ -41,9 +41,9 @@ class Manner:
     count alike in the true utility, so that merely getting shorter or longer gains next to nothing.
     """
 
-    right: float = 0.65
+    right: float = 0.6
     """Of answering a harmless question rightly; what is neither right nor declined is made up."""
-    declines_harmless: float = 0.03
+    declines_harmless: float = 0.1
     declines_harm: float = 0.5
     """Of declining where one should; otherwise the response complies."""
     padded: float = 0.45

@@ -1,0 +1,100 @@
+"""Losses that learn a reward from comparisons and rankings, one number per prompt."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
+
+from rlhf_jax.functional.checks import check_between
+from rlhf_jax.functional.masking import masked_mean
+
+
+def bradley_terry_loss(
+    chosen_scores: Float[Array, "B"],
+    rejected_scores: Float[Array, "B"],
+    *,
+    margin: Float[Array, "B"] | ScalarLike = 0.0,
+    label_smoothing: ScalarLike = 0.0,
+    centering_coef: ScalarLike = 0.0,
+) -> Float[Array, "B"]:
+    """Negative log-likelihood of a comparison (Bradley & Terry 1952; Christiano et al. 2017, eq. 1).
+
+        BT(a, b) = -log σ(a - b - margin)
+        loss = (1 - e) BT(r_c, r_r) + e BT(r_r, r_c) + centering_coef · (r_c + r_r)²
+
+    Equal scores and no extras give ln 2. Without extras ∂loss/∂r_c = -σ(r_r - r_c) = -∂loss/∂r_r.
+
+    Args:
+      chosen_scores: `[B]` r_c.
+      rejected_scores: `[B]` r_r.
+      margin: score units, one number or `[B]`, 0 by default; larger for clearer preferences (Llama 2,
+        Touvron et al. 2023). A flipped label asks for the same margin the other way.
+      label_smoothing: e in [0, 0.5], the chance that a label is flipped; 0.05 in Christiano et al. 2017
+        (one answer in ten at random).
+      centering_coef: >= 0; pulls scores to mean 0, which comparisons leave free; 0.01 in Eisenstein et al.
+        2023.
+
+    Returns:
+      Nats (plus the centering term), float32 `[B]`.
+
+    Raises:
+      ValueError: a Python number is out of its range.
+    """
+    chex.assert_equal_shape([chosen_scores, rejected_scores])
+    _check_options(label_smoothing, centering_coef)
+    chosen, rejected = (x.astype(jnp.float32) for x in (chosen_scores, rejected_scores))
+    margin = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), chosen.shape)
+    return _comparison_loss(chosen, rejected, margin, label_smoothing, centering_coef)
+
+
+def pairwise_ranking_loss(
+    scores: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
+    mask: Bool[Array, "B K"],
+    *,
+    label_smoothing: ScalarLike = 0.0,
+    centering_coef: ScalarLike = 0.0,
+) -> Float[Array, "B"]:
+    """Mean Bradley-Terry loss over all ordered pairs of a prompt's K responses (Ouyang et al. 2022, eq. 1).
+
+        loss[b] = 1/|P| Σ_{(i, j) in P} BT(s_i, s_j),    P = {(i, j): both kept, ranks_i < ranks_j}
+
+    Each response is scored once and a prompt weighs the same whatever its K. Ties belong to no pair;
+    without ties |P| is K(K-1)/2. K = 2 with ranks (0, 1) is `bradley_terry_loss`.
+
+    Args:
+      scores: `[B, K]`; whatever stands outside the mask is never read.
+      ranks: `[B, K]`, 0 = best, equal = tie; only their order counts.
+      mask: `[B, K]`, False for places that hold no response.
+      label_smoothing: as in `bradley_terry_loss`.
+      centering_coef: as in `bradley_terry_loss`, once per pair.
+
+    Returns:
+      float32 `[B]`; 0, with gradient 0, for a prompt without any ordered pair. To average over prompts,
+      divide by the number of those that have one.
+
+    Raises:
+      ValueError: a Python number is out of its range.
+    """
+    chex.assert_equal_shape([scores, ranks, mask])
+    chex.assert_rank(scores, 2)
+    _check_options(label_smoothing, centering_coef)
+    scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
+    in_order = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    losses = _comparison_loss(scores[:, :, None], scores[:, None, :], 0.0, label_smoothing, centering_coef)
+    return masked_mean(losses, in_order, axis=(1, 2))
+
+
+def _comparison_loss(better, worse, margin, label_smoothing, centering_coef):
+    """Negative log-likelihood of "better beats worse", elementwise."""
+    gap = better - worse
+    as_labelled, flipped = -jax.nn.log_sigmoid(gap - margin), -jax.nn.log_sigmoid(-gap - margin)
+    likelihood = (1.0 - label_smoothing) * as_labelled + label_smoothing * flipped
+    return likelihood + centering_coef * jnp.square(better + worse)
+
+
+def _check_options(label_smoothing, centering_coef):
+    check_between(0.0, 0.5, label_smoothing=label_smoothing)
+    check_between(0.0, math.inf, centering_coef=centering_coef)

@@ -1,0 +1,72 @@
+"""GAE against the definition's double loop, its special cases, and rows with their padding cut out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functional.ragged import MASK, B, T, normals, poisoned
+
+from rlhf_jax.functional import gae
+
+REWARDS, VALUES = normals(0, B, T), normals(1, B, T)
+jitted = jax.jit(gae)
+
+
+def from_definition(rewards, values, discount, gae_lambda):
+    """A_t = Σ_k (γλ)^k δ_{t+k} of one row without padding, in float64."""
+    rewards, values = np.float64(rewards), np.append(np.float64(values), 0.0)
+    deltas = rewards + discount * values[1:] - values[:-1]
+    length = len(rewards)
+    return [sum((discount * gae_lambda) ** k * deltas[t + k] for k in range(length - t)) for t in range(length)]
+
+
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.7), (1, 1), (0.8, 0), (0, 0.5)])
+def test_equals_the_definition_on_compacted_rows(discount, gae_lambda):
+    advantages, returns = jitted(
+        poisoned(REWARDS), poisoned(VALUES), jnp.asarray(MASK), discount=discount, gae_lambda=gae_lambda
+    )
+    expected = np.zeros((B, T))
+    for b in range(B):
+        kept = MASK[b]
+        expected[b, kept] = from_definition(REWARDS[b, kept], VALUES[b, kept], discount, gae_lambda)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, np.where(MASK, expected + VALUES, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_defaults_are_one_and_095():
+    arguments = jnp.asarray(REWARDS), jnp.asarray(VALUES), jnp.asarray(MASK)
+    explicit = jitted(*arguments, discount=1.0, gae_lambda=0.95)
+    np.testing.assert_allclose(gae(*arguments), explicit, rtol=1e-6, atol=1e-6)
+
+
+def test_lambda_one_is_return_to_go_minus_value():
+    kept = np.where(MASK, REWARDS, 0)
+    to_go = np.flip(np.cumsum(np.flip(kept, 1), 1), 1)
+    advantages, returns = jitted(
+        jnp.asarray(REWARDS), jnp.asarray(VALUES), jnp.asarray(MASK), discount=1.0, gae_lambda=1.0
+    )
+    np.testing.assert_allclose(advantages, np.where(MASK, to_go - VALUES, 0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, np.where(MASK, to_go, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_lambda_zero_is_the_td_residual():
+    everywhere = jnp.ones((B, T), bool)
+    advantages, _ = jitted(jnp.asarray(REWARDS), jnp.asarray(VALUES), everywhere, discount=0.9, gae_lambda=0.0)
+    later = np.append(VALUES[:, 1:], np.zeros((B, 1), np.float32), axis=1)
+    np.testing.assert_allclose(advantages, REWARDS + 0.9 * later - VALUES, rtol=1e-5, atol=1e-5)
+
+
+def test_a_perfect_critic_leaves_no_advantage():
+    everywhere = jnp.ones((B, T), bool)
+    values = np.flip(np.cumsum(np.flip(REWARDS, 1), 1), 1)
+    advantages, _ = jitted(jnp.asarray(REWARDS), jnp.asarray(values.copy()), everywhere, discount=1.0, gae_lambda=0.5)
+    np.testing.assert_allclose(advantages, 0, atol=1e-5)
+
+
+def test_hyper_parameters_can_be_vmapped():
+    """As coefficients of a sweep: one program, many λ."""
+    arguments = jnp.asarray(REWARDS), jnp.asarray(VALUES), jnp.asarray(MASK)
+    lambdas = jnp.asarray([0.0, 0.5, 1.0])
+    swept, _ = jax.vmap(lambda value: gae(*arguments, gae_lambda=value))(lambdas)
+    for one, value in zip(swept, lambdas, strict=True):
+        np.testing.assert_allclose(one, jitted(*arguments, discount=1.0, gae_lambda=value)[0], rtol=1e-5, atol=1e-6)

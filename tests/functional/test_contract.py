@@ -1,0 +1,194 @@
+"""What every function of this floor promises, whatever it computes. A new function adds a row to `CALLS`."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functional.ragged import MASK, B, T, normals
+from jaxtyping import TypeCheckError
+
+import rlhf_jax.functional as floor
+from rlhf_jax.functional.checks import check_between, check_positive
+
+FOLDER = Path(floor.__file__).parent
+K, V = 4, 5
+BT = [normals(seed, B, T) for seed in range(3)]
+ROW = [normals(seed, B) for seed in range(3, 5)]
+TOKENS = np.random.default_rng(0).integers(0, V, (B, T))
+RANKS = np.argsort(normals(6, B, K), axis=1)
+KEPT = np.random.default_rng(1).random((B, K)) < 0.7
+SEGMENTS = np.cumsum(MASK, axis=1) // 3 * MASK
+
+# name: (arguments, keyword arguments, mask of the first arguments or None). Float arguments come first.
+CALLS = {
+    "adaptive_kl_coef": ([np.float32(0.1), np.float32(7)], {"num_samples": 64}, None),
+    "bradley_terry_loss": (ROW, {"margin": 0.5, "label_smoothing": 0.1, "centering_coef": 0.1}, None),
+    "clipped_policy_loss": (BT, {"clip_high": 0.3}, None),
+    "clipped_value_loss": (BT, {}, None),
+    "entropy": ([normals(7, B, T, V)], {"temperature": 0.7}, None),
+    "gae": ([*BT[:2], MASK], {"discount": 0.9}, MASK),
+    "k1": (BT[:2], {}, None),
+    "k2": (BT[:2], {}, None),
+    "k3": (BT[:2], {}, None),
+    "last_true_index": ([MASK], {}, None),
+    "masked_mean": ([BT[0], MASK], {}, MASK),
+    "masked_sum": ([BT[0], MASK], {}, MASK),
+    "masked_var": ([BT[0], MASK], {}, MASK),
+    "masked_whiten": ([BT[0], MASK], {}, MASK),
+    "normalize_scores": (ROW[:1], {"mean": 0.1, "std": 2.0}, None),
+    "pairwise_ranking_loss": ([normals(8, B, K), RANKS, KEPT], {}, KEPT),
+    "positions_from_segments": ([SEGMENTS], {}, None),
+    "replace_missing_eos": ([ROW[0], ROW[1] > 0], {}, None),
+    "sequence_logprobs": ([BT[0], MASK], {}, MASK),
+    "shape_rewards": ([ROW[0], *BT[:2], MASK], {"kl_coef": 0.1}, MASK),
+    "shift_right": (BT[:1], {}, None),
+    "subtract_missing_eos": ([ROW[0], ROW[1] > 0], {}, None),
+    "token_logprobs": ([normals(9, B, T, V), TOKENS], {"temperature": 0.7}, None),
+}
+every_function = pytest.mark.parametrize("name", sorted(CALLS))
+WITH_GRADIENT = sorted(name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32)
+MASKED = sorted(name for name, (_, _, mask) in CALLS.items() if mask is not None)
+
+
+def arrays(name):
+    return [jnp.asarray(x) for x in CALLS[name][0]]
+
+
+def call(name, *arguments):
+    return getattr(floor, name)(*arguments, **CALLS[name][1])
+
+
+def total_and_gradient(name, arguments):
+    """A scalar that weighs every entry differently, and its gradient in all float arguments."""
+    floats = [i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def total(*inputs):
+        complete = list(arguments)
+        for i, x in zip(floats, inputs, strict=True):
+            complete[i] = x
+        leaves = jax.tree.leaves(call(name, *complete))
+        return sum(jnp.vdot(x, jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)) for x in leaves)
+
+    inputs = [arguments[i] for i in floats]
+    return jax.jit(jax.value_and_grad(total, argnums=tuple(range(len(floats)))))(*inputs)
+
+
+def test_every_public_function_has_a_row():
+    assert sorted(CALLS) == sorted(floor.__all__)
+
+
+@every_function
+def test_compiled_equals_eager(name):
+    compiled = jax.jit(lambda *arguments: call(name, *arguments))(*arrays(name))
+    for one, other in zip(jax.tree.leaves(compiled), jax.tree.leaves(call(name, *arrays(name))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENT)
+def test_gradients_are_finite_and_not_all_zero(name):
+    _, gradients = total_and_gradient(name, arrays(name))
+    for gradient in gradients:
+        assert np.all(np.isfinite(gradient))
+    assert any(np.any(gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", sorted(set(WITH_GRADIENT) - {"shift_right"}))
+def test_low_precision_inputs_are_computed_in_float32(name):
+    low = [x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x for x in arrays(name)]
+    high = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in low]
+    for one, other in zip(jax.tree.leaves(call(name, *low)), jax.tree.leaves(call(name, *high)), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("name", MASKED)
+def test_nothing_outside_the_mask_matters(name, poison):
+    """NaN and infinities there change neither a value nor a gradient, and receive gradient 0."""
+    mask = jnp.asarray(CALLS[name][2])
+    clean = arrays(name)
+    shared = [x.shape == mask.shape and x.dtype == jnp.float32 for x in clean]
+    assert any(shared)
+    dirty = [jnp.where(mask, x, poison) if hit else x for x, hit in zip(clean, shared, strict=True)]
+    value, gradients = total_and_gradient(name, clean)
+    poisoned_value, poisoned_gradients = total_and_gradient(name, dirty)
+    np.testing.assert_array_equal(poisoned_value, value)
+    for one, other in zip(poisoned_gradients, gradients, strict=True):
+        np.testing.assert_array_equal(one, other)
+        if one.shape == mask.shape:
+            np.testing.assert_array_equal(one[~mask], 0)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in CALLS if len(CALLS[name][0]) > 1 and name != "adaptive_kl_coef")
+)
+@pytest.mark.parametrize("checked", [True, False])
+def test_arguments_of_unequal_shape_are_refused(name, checked):
+    """By the type annotations in these tests, and without them too."""
+    function = getattr(floor, name) if checked else inspect.unwrap(getattr(floor, name))
+    *first, last = arrays(name)
+    with pytest.raises((TypeCheckError, AssertionError)):
+        function(*first, last[:, :1] if last.ndim > 1 else last[:1], **CALLS[name][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("adaptive_kl_coef", "target", 0),
+        ("adaptive_kl_coef", "horizon", -1.0),
+        ("adaptive_kl_coef", "num_samples", 0),
+        ("bradley_terry_loss", "label_smoothing", 0.6),
+        ("bradley_terry_loss", "centering_coef", -0.1),
+        ("clipped_policy_loss", "clip_low", 1.1),
+        ("clipped_policy_loss", "clip_high", -0.1),
+        ("clipped_value_loss", "clip", -0.1),
+        ("entropy", "temperature", 0.0),
+        ("gae", "discount", 1.01),
+        ("gae", "gae_lambda", float("nan")),
+        ("normalize_scores", "std", 0.0),
+        ("pairwise_ranking_loss", "label_smoothing", -0.1),
+        ("pairwise_ranking_loss", "centering_coef", -0.1),
+        ("shape_rewards", "kl_coef", -0.1),
+        ("subtract_missing_eos", "penalty", -1.0),
+        ("token_logprobs", "temperature", -1.0),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused_by_name(name, option, value):
+    with pytest.raises(ValueError, match=f"^{option} must be"):
+        getattr(floor, name)(*arrays(name), **{**CALLS[name][1], option: value})
+
+
+def test_checks_read_numpy_numbers_and_leave_traced_ones():
+    with pytest.raises(ValueError, match="size must be at least 0"):
+        check_between(0.0, float("inf"), size=np.float32(-1))
+    with pytest.raises(ValueError, match="size must be positive"):
+        check_positive(size=float("inf"))
+    jax.jit(lambda x: check_between(0.0, 1.0, size=x))(5.0)
+
+
+@every_function
+def test_options_are_keyword_only_and_documented(name):
+    function = getattr(floor, name)
+    documented = function.__doc__
+    parameters = inspect.signature(function).parameters.values()
+    for parameter in parameters:
+        assert f"{parameter.name}:" in documented, parameter.name
+        if parameter.default is not parameter.empty and parameter.name != "axis":
+            assert parameter.kind is parameter.KEYWORD_ONLY, parameter.name
+    assert "Returns:" in documented
+    assert ("Raises:" in documented) == ("check_" in inspect.getsource(function))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_and_shifts_stay_on_this_floor(path):
+    tree = ast.parse(path.read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    for module in imported:
+        allowed = {"jax", "jax.numpy", "jaxtyping", "chex", "math", "numbers"}
+        assert module in allowed or module.startswith("rlhf_jax.functional"), module
+    assert ":-1]" not in path.read_text()

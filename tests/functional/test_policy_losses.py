@@ -1,0 +1,74 @@
+"""PPO's two losses against loops, and where their gradients stop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functional.ragged import B, T, normals
+
+from rlhf_jax.functional import clipped_policy_loss, clipped_value_loss
+
+OLD, ADVANTAGES = normals(0, B, T), normals(1, B, T)
+LOGPROBS = OLD + 0.4 * normals(2, B, T)
+policy_gradient = jax.jit(jax.grad(lambda *arguments, **options: clipped_policy_loss(*arguments, **options).sum()))
+value_gradient = jax.jit(jax.grad(lambda *arguments, **options: clipped_value_loss(*arguments, **options).sum()))
+
+
+def as_arrays(*arrays):
+    return [jnp.asarray(x, jnp.float32) for x in arrays]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (1, 0.1), (0.0, 0.0)])
+def test_policy_loss(low, high):
+    expected = np.zeros((B, T))
+    for index in np.ndindex(B, T):
+        ratio = np.exp(np.float64(LOGPROBS[index]) - OLD[index])
+        advantage = ADVANTAGES[index]
+        expected[index] = -min(advantage * ratio, advantage * min(max(ratio, 1 - low), 1 + high))
+    found = clipped_policy_loss(*as_arrays(LOGPROBS, OLD, ADVANTAGES), clip_low=low, clip_high=high)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_on_policy_it_is_the_policy_gradient():
+    old, advantages = as_arrays(OLD, ADVANTAGES)
+    np.testing.assert_array_equal(clipped_policy_loss(old, old, advantages), -advantages)
+    np.testing.assert_allclose(policy_gradient(old, old, advantages), -advantages, rtol=1e-6)
+
+
+def test_gradient_is_zero_exactly_where_the_clip_holds():
+    arguments = as_arrays(LOGPROBS, OLD, ADVANTAGES)
+    ratio = np.exp(LOGPROBS - OLD)
+    stopped = ((ADVANTAGES > 0) & (ratio > 1.28)) | ((ADVANTAGES < 0) & (ratio < 0.9))
+    assert 3 < stopped.sum() < B * T - 3
+    found = policy_gradient(*arguments, clip_low=0.1, clip_high=0.28)
+    np.testing.assert_allclose(found, np.where(stopped, 0, -ADVANTAGES * ratio), rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, 1e4])
+def test_a_wild_ratio_stays_finite(log_ratio):
+    arguments = as_arrays([[log_ratio, log_ratio]], [[0, 0]], [[1, -1]])
+    assert np.all(np.isfinite(clipped_policy_loss(*arguments)))
+    assert np.all(np.isfinite(policy_gradient(*arguments)))
+    assert np.abs(clipped_policy_loss(*arguments)).max() < 1.001 * np.exp(20)
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.0, 1, np.inf])
+def test_value_loss(clip):
+    values, old, returns = normals(3, B, T), normals(4, B, T), normals(5, B, T)
+    expected = np.zeros((B, T))
+    for index in np.ndindex(B, T):
+        clipped = min(max(values[index], old[index] - clip), old[index] + clip)
+        expected[index] = 0.5 * max((values[index] - returns[index]) ** 2, (clipped - returns[index]) ** 2)
+    found = clipped_value_loss(*as_arrays(values, old, returns), clip=clip)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_value_gradient_is_the_error_until_the_clip_holds():
+    """V_old = 0, clip 0.2, target 1: pulled while below 0.2, free beyond, pulled from below."""
+    values, old, returns = as_arrays([[0.0, 0.1, 0.3, 0.9, -0.3]], [[0.0] * 5], [[1.0] * 5])
+    np.testing.assert_allclose(value_gradient(values, old, returns), [[-1, -0.9, 0, 0, -1.3]], rtol=1e-6)
+
+
+def test_value_loss_at_the_old_values_is_half_the_squared_error():
+    old, returns = as_arrays(OLD, ADVANTAGES)
+    np.testing.assert_allclose(clipped_value_loss(old, old, returns), 0.5 * (OLD - ADVANTAGES) ** 2, rtol=1e-5)

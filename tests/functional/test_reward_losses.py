@@ -1,0 +1,120 @@
+"""Comparison losses against closed forms and a loop over pairs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from functional.ragged import normals
+
+from rlhf_jax.functional import bradley_terry_loss, pairwise_ranking_loss
+
+CHOSEN, REJECTED = normals(0, 7), normals(1, 7)
+B, K = 6, 4
+SCORES = 2 * normals(2, B, K)
+RANKS = np.array([[0, 1, 2, 3], [3, 1, 0, 2], [0, 0, 1, 1], [2, 2, 2, 2], [1, 0, 5, 3], [0, 1, 2, 3]], np.int32)
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]], bool)
+
+
+def bt(winner, loser, margin=0.0):
+    return np.log1p(np.exp(-(np.float64(winner) - loser - margin)))
+
+
+def test_equal_scores_cost_ln_two():
+    scores = jnp.asarray(CHOSEN)
+    np.testing.assert_allclose(bradley_terry_loss(scores, scores), np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1, normals(3, 7)])
+@pytest.mark.parametrize(("smoothing", "centering"), [(0.0, 0.0), (0.05, 0.01), (0.5, 0)])
+def test_bradley_terry(margin, smoothing, centering):
+    expected = (
+        (1 - smoothing) * bt(CHOSEN, REJECTED, margin)
+        + smoothing * bt(REJECTED, CHOSEN, margin)
+        + centering * (CHOSEN + REJECTED) ** 2
+    )
+    found = bradley_terry_loss(
+        jnp.asarray(CHOSEN),
+        jnp.asarray(REJECTED),
+        margin=jnp.asarray(margin) if np.ndim(margin) else margin,
+        label_smoothing=smoothing,
+        centering_coef=centering,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_gradient_is_the_probability_of_being_wrong():
+    chosen, rejected = jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+    by_chosen, by_rejected = jax.grad(lambda *x: bradley_terry_loss(*x).sum(), argnums=(0, 1))(chosen, rejected)
+    wrong = 1 / (1 + np.exp(CHOSEN - REJECTED))
+    np.testing.assert_allclose(by_chosen, -wrong, rtol=1e-5)
+    np.testing.assert_allclose(by_rejected, wrong, rtol=1e-5)
+
+
+def test_smoothing_puts_the_optimum_at_the_log_odds():
+    """With flip chance e the best gap is log((1 - e)/e), not infinity."""
+    gap = jnp.full((1,), np.log(0.95 / 0.05), jnp.float32)
+    slope = jax.grad(lambda x: bradley_terry_loss(x, jnp.zeros(1), label_smoothing=0.05).sum())(gap)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_only_differences_count_without_centering():
+    chosen, rejected = jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+    np.testing.assert_allclose(
+        bradley_terry_loss(chosen + 3, rejected + 3), bradley_terry_loss(chosen, rejected), rtol=1e-5
+    )
+    moved = bradley_terry_loss(chosen + 3, rejected + 3, centering_coef=0.1)
+    assert np.all(moved != bradley_terry_loss(chosen, rejected, centering_coef=0.1))
+
+
+def test_extreme_scores_stay_finite():
+    far = jnp.asarray([1e4, -1e4])
+    np.testing.assert_allclose(bradley_terry_loss(far, -far), [0, 2e4])
+    assert np.all(np.isfinite(jax.grad(lambda x: bradley_terry_loss(x, -far).sum())(far)))
+
+
+@pytest.mark.parametrize(("smoothing", "centering"), [(0.0, 0.0), (0.1, 0.01)])
+def test_pairwise_ranking(smoothing, centering):
+    expected = np.zeros(B)
+    for b in range(B):
+        terms = []
+        for i, j in itertools.permutations(range(K), 2):
+            if MASK[b, i] and MASK[b, j] and RANKS[b, i] < RANKS[b, j]:
+                winner, loser = SCORES[b, i], SCORES[b, j]
+                likelihood = (1 - smoothing) * bt(winner, loser) + smoothing * bt(loser, winner)
+                terms.append(likelihood + centering * (winner + loser) ** 2)
+        expected[b] = np.mean(terms) if terms else 0.0
+    assert np.count_nonzero(expected) == B - 2  # one prompt of ties only, one with a single response
+    scores = jnp.asarray(np.where(MASK, SCORES, np.nan))
+    found = pairwise_ranking_loss(
+        scores, jnp.asarray(RANKS), jnp.asarray(MASK), label_smoothing=smoothing, centering_coef=centering
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_two_responses_are_a_comparison():
+    scores = jnp.stack([jnp.asarray(CHOSEN), jnp.asarray(REJECTED)], axis=1)
+    options = {"label_smoothing": 0.1, "centering_coef": 0.02}
+    found = pairwise_ranking_loss(scores, jnp.tile(jnp.asarray([[0, 1]]), (7, 1)), jnp.ones((7, 2), bool), **options)
+    expected = bradley_terry_loss(jnp.asarray(CHOSEN), jnp.asarray(REJECTED), **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_order_of_the_responses_does_not_matter():
+    order = np.array([2, 0, 3, 1])
+    arrays = [jnp.asarray(x) for x in (SCORES, RANKS, MASK)]
+    np.testing.assert_allclose(
+        pairwise_ranking_loss(*(x[:, order] for x in arrays)), pairwise_ranking_loss(*arrays), rtol=1e-5
+    )
+
+
+def test_a_prompt_without_pairs_moves_nothing():
+    gradient = jax.grad(lambda x: pairwise_ranking_loss(x, jnp.asarray(RANKS), jnp.asarray(MASK)).sum())(
+        jnp.asarray(np.where(MASK, SCORES, np.inf))
+    )
+    assert np.all(np.isfinite(gradient))
+    np.testing.assert_array_equal(gradient[3], 0)
+    np.testing.assert_array_equal(gradient[5], 0)
+    np.testing.assert_array_equal(gradient[~MASK], 0)
+    assert np.all(np.asarray(gradient)[0] != 0)
