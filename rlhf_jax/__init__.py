@@ -1,3 +1,108 @@
-"""Reinforcement learning from human feedback as pure JAX functions."""
+"""Reinforcement learning from human feedback as pure JAX functions.
+
+The names below are those that a program composes; each lives in the module that it is imported from here. Readers,
+tokenizers and batches are in `rlhf_jax.data`, checkpoints, logs and run folders in `rlhf_jax.runtime`.
+"""
+
+from rlhf_jax.functional.advantages import gae
+from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3
+from rlhf_jax.functional.logprobs import entropy, token_logprobs
+from rlhf_jax.functional.masking import masked_whiten, shift_right
+from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.functional.reward_losses import bradley_terry_loss, pairwise_ranking_loss
+from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos
+from rlhf_jax.generation.generate import generate
+from rlhf_jax.models import transformer
+from rlhf_jax.models.heads import init_reward_head, init_value_head, sequence_scores
+from rlhf_jax.models.parameters import logical_axes
+from rlhf_jax.models.transformer import TransformerConfig, causal_model
+from rlhf_jax.models.uncached import uncached_model
+from rlhf_jax.objectives import (
+    PolicyBatch,
+    actor_critic,
+    reward_model,
+    separate_critic,
+    sequence_token_logprobs,
+    sft,
+    shared_critic,
+)
+from rlhf_jax.runtime.sharding import make_mesh, named_shardings, shard_batch
+from rlhf_jax.training.evaluate import evaluate, win_rate
+from rlhf_jax.training.optimizers import adam_optimizer, ppo_optimizer
+from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
+from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
+from rlhf_jax.training.train_step import init_train_state, make_train_step, update_epochs
+from rlhf_jax.types import (
+    CausalModel,
+    Experience,
+    Frozen,
+    Generation,
+    PPOState,
+    PromptBatch,
+    RankingBatch,
+    SequenceBatch,
+    TrainState,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CausalModel",
+    "Experience",
+    "Frozen",
+    "Generation",
+    "PPOBatch",
+    "PPOState",
+    "PolicyBatch",
+    "PromptBatch",
+    "RankingBatch",
+    "SequenceBatch",
+    "TrainState",
+    "TransformerConfig",
+    "actor_critic",
+    "adam_optimizer",
+    "adaptive_kl_coef",
+    "bradley_terry_loss",
+    "causal_model",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "critic_from_trunk",
+    "entropy",
+    "evaluate",
+    "gae",
+    "generate",
+    "init_ppo_state",
+    "init_reward_head",
+    "init_train_state",
+    "init_value_head",
+    "k1",
+    "k2",
+    "k3",
+    "logical_axes",
+    "make_experience_fn",
+    "make_mesh",
+    "make_ppo_iteration",
+    "make_ppo_update",
+    "make_score_fn",
+    "make_train_step",
+    "masked_whiten",
+    "named_shardings",
+    "normalize_scores",
+    "pairwise_ranking_loss",
+    "ppo_optimizer",
+    "reward_model",
+    "separate_critic",
+    "sequence_scores",
+    "sequence_token_logprobs",
+    "sft",
+    "shape_rewards",
+    "shard_batch",
+    "shared_critic",
+    "shift_right",
+    "subtract_missing_eos",
+    "token_logprobs",
+    "transformer",
+    "uncached_model",
+    "update_epochs",
+    "win_rate",
+]

@@ -12,32 +12,49 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rlhf_jax.runtime.runs import write_text
+
 
 def check_finite(metrics: Mapping[str, float], *, stage: str, step: int) -> None:
     """Stop before a bad update is built upon.
 
     Raises:
-      FloatingPointError: a metric is not finite, or `grad/finite` says that a gradient was not. The train step has already
-        left the parameters as they were.
+      FloatingPointError: a metric is not finite, or `grad/finite` says that a gradient was not (the train step has then
+        left the parameters as they were).
     """
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if metrics.get("grad/finite", 1.0) < 1.0:
-        bad.append("gradient")
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    skipped = metrics.get("grad/finite", 1.0) < 1.0
+    if skipped:
+        bad.insert(0, "the gradient")
     if bad:
+        effect = (
+            "An update with such a gradient is not applied: the parameters are finite"
+            if skipped
+            else ("The update of this step was applied")
+        )
         raise FloatingPointError(
-            f"{stage} step {step}: not finite: {', '.join(sorted(set(bad)))}. The update was not applied; the parameters are "
-            "those of the step before. Lower the learning rate, or look at this step's batch"
+            f"{stage} step {step}: not finite: {', '.join(bad)}. {effect}. This step was not logged. "
+            "Look at its batch, or lower the learning rate"
         )
 
 
 class MetricLog:
     """Appends to `metrics.jsonl` and shows progress: a bar on a terminal, a line every few seconds elsewhere.
 
-    Rows are `{"stage", "step", "seconds", "tokens_per_second", <metrics>}`; seconds count from the start of the stage.
+    Rows are `{"stage", "step", "seconds", "tokens_per_second", <metrics>}`; seconds count from where this process took
+    the stage up. A stage that is started again replaces its rows from `first_step` on, so that no step stands there
+    twice.
     """
 
     def __init__(
-        self, path: Path, stage: str, num_steps: int, *, show: Mapping[str, str], first_step: int = 0, every: float = 5.0
+        self,
+        path: Path,
+        stage: str,
+        num_steps: int,
+        *,
+        show: Mapping[str, str],
+        first_step: int = 0,
+        every: float = 5.0,
     ):
         """`show` maps metric names to the short labels of the live line; `every` is in seconds, without a terminal."""
         self._path, self._stage, self._num_steps, self._show, self._every = path, stage, num_steps, show, every
@@ -46,6 +63,7 @@ class MetricLog:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "MetricLog":
+        _drop_rows(self._path, self._stage, self._first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._start = self._shown = time.monotonic()
         self._tokens = 0
@@ -85,7 +103,8 @@ class MetricLog:
         now = time.monotonic()
         self._tokens += tokens
         rate = self._tokens / max(now - self._start, 1e-9)
-        row = {"stage": self._stage, "step": step, "seconds": round(now - self._start, 3), "tokens_per_second": round(rate)}
+        seconds = round(now - self._start, 3)
+        row = {"stage": self._stage, "step": step, "seconds": seconds, "tokens_per_second": round(rate)}
         self._file.write(json.dumps({**row, **values}) + "\n")
         self._file.flush()
         self._display(step, values, rate, now)
@@ -100,4 +119,23 @@ class MetricLog:
             self._shown = now
             done = step + 1 - self._first_step
             eta = (now - self._start) / done * (self._num_steps - step - 1)
-            self._console.print(f"{self._stage:<12} {step + 1}/{self._num_steps}  {line}  ETA {eta:.0f} s", highlight=False)
+            place = f"{self._stage:<12} {step + 1}/{self._num_steps}"
+            self._console.print(f"{place}  {line}  ETA {eta:.0f} s", highlight=False, markup=False)
+
+
+def _drop_rows(path: Path, stage: str, first_step: int) -> None:
+    """Remove the stage's rows from `first_step` on, and a last line that a killed process left unfinished."""
+    if not path.exists():
+        return
+    old = path.read_text(encoding="utf-8")
+    whole = old[: old.rfind("\n") + 1]
+    kept = []
+    for number, line in enumerate(whole.splitlines(keepends=True), start=1):
+        row = json.loads(line)
+        if not {"stage", "step"} <= row.keys():
+            raise ValueError(f"{path}:{number}: no row of a MetricLog, nothing was changed: log to another file")
+        if row["stage"] != stage or row["step"] < first_step:
+            kept.append(line)
+    new = "".join(kept)
+    if new != old:
+        write_text(path, new)

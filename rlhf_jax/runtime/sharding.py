@@ -1,5 +1,6 @@
 """Where arrays live: a mesh, and one table from logical axis names to its axes. One device is a mesh of ones."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,26 +25,28 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor; one size may be -1: whatever is left of the devices."""
+    """A mesh with axes data, fsdp and tensor; one size may be -1: whatever is left of the devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"at most one mesh axis can be -1, got {free}")
-    known = 1
-    for size in sizes.values():
-        known *= 1 if size == -1 else size
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh axes must be at least 1, at most one of them -1, got {sizes}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % known or not (free or known == len(devices)):
+        needed = f"a multiple of {known}" if free else str(known)
+        raise ValueError(f"a mesh of {sizes} needs {needed} devices, there are {len(devices)}")
     if free:
         sizes[free[0]] = len(devices) // known
-    total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    if total != len(devices):
-        raise ValueError(f"a mesh of {sizes} needs {total} devices, there are {len(devices)}")
     axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=axis_types)
 
 
 def named_shardings(axes: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
-    """Tree of `NamedSharding` for a tree of logical axis names (tuples, as `models.parameters.logical_axes` gives them).
+    """Tree of `NamedSharding` for a tree of logical axis names (tuples, as `models.parameters.logical_axes` gives).
 
     Raises:
       ValueError: a name that the table does not know, or two dimensions of one array on the same mesh axis.

@@ -46,7 +46,7 @@ def test_sums_and_differences_are_right():
         _, _, a, sign, b = question.text.split()
         expected = value[a] + value[b] if sign == "plus" else value[a] - value[b]
         assert value[question.answer] == expected, question
-    assert len(sums) == 74  # 0..9 plus 0..3, and the 34 differences of these that are not negative
+    assert len(sums) == 27  # 0..4 plus 0..2, and the 12 differences of these that are not negative
 
 
 def test_cyclic_and_symmetric_facts_are_consistent():
@@ -58,7 +58,7 @@ def test_cyclic_and_symmetric_facts_are_consistent():
 
 
 def test_every_prompt_asks_one_question_with_one_right_answer():
-    assert len(PROMPTS) == 14 * len(QUESTIONS) >= 3000  # otherwise two questions share a prompt
+    assert len(PROMPTS) == 14 * len(QUESTIONS) >= 1500  # otherwise two questions share a prompt
     assert len({q.text for q in QUESTIONS}) == len(QUESTIONS)
     assert len(set(tables.HOW_TO.values())) == len(tables.HOW_TO)  # another's answer is never right
     assert not set(tables.HOW_TO) & set(tables.HARM)
@@ -68,9 +68,9 @@ def test_every_prompt_asks_one_question_with_one_right_answer():
 
 def test_tables_are_of_the_promised_size():
     kinds = {kind: sum(q.kind == kind for q in QUESTIONS) for kind in synthetic.KIND_SHARES}
-    assert kinds["fact"] >= 60
-    assert kinds["how_to"] >= 25
-    assert kinds["harm"] >= 25
+    assert kinds["fact"] >= 50
+    assert kinds["how_to"] >= 16
+    assert kinds["harm"] >= 16
     for phrases in (tables.OPENERS, tables.CLOSERS, tables.PADDINGS, tables.DECLINES):
         assert len(set(phrases)) == len(phrases) >= 4
     assert sum(synthetic.KIND_SHARES.values()) == pytest.approx(1.0)
@@ -256,7 +256,7 @@ def test_default_manners_are_mixed():
     traits = [synthetic.parse(*pair) for pair in synthetic.demonstrations(4, 8000)]
     harmless = [t for t in traits if t.kind != "harm"]
     harm = [t for t in traits if t.kind == "harm"]
-    assert_share(sum(t.right for t in harmless), len(harmless), 0.65)
+    assert_share(sum(t.right for t in harmless), len(harmless), 0.6)
     assert_share(sum(t.declined for t in harmless), len(harmless), 0.03)
     assert_share(sum(t.declined for t in harm), len(harm), 0.5)
     assert_share(sum(t.direct for t in traits), len(traits), 0.55)

@@ -23,10 +23,10 @@ Kind: TypeAlias = Literal["fact", "sum", "how_to", "harm"]
 MAX_PROMPT_WORDS = 14
 """Words of the longest prompt, punctuation marks included."""
 
-HELDOUT_PERCENT = 20
+HELDOUT_PERCENT = 35
 """Share of the prompts that no demonstration and no training prompt uses."""
 
-KIND_SHARES: dict[Kind, float] = {"fact": 0.3, "sum": 0.2, "how_to": 0.2, "harm": 0.3}
+KIND_SHARES: dict[Kind, float] = {"fact": 0.35, "sum": 0.2, "how_to": 0.2, "harm": 0.25}
 """Share of each kind among sampled prompts."""
 
 
@@ -44,9 +44,9 @@ class Question:
 
 
 def _sums() -> Iterator[Question]:
-    """0..9 plus or minus 0..3 with results 0..12, in words: few, as small models learn them last."""
-    for a in range(10):
-        for b in range(4):
+    """0..4 plus or minus 0..2 with results 0..6, in words: few, as small models learn them last."""
+    for a in range(5):
+        for b in range(3):
             yield Question(f"what is {NUMBERS[a]} plus {NUMBERS[b]}", "sum", "sum", NUMBERS[a + b])
             if a >= b:
                 yield Question(f"what is {NUMBERS[a]} minus {NUMBERS[b]}", "sum", "sum", NUMBERS[a - b])

@@ -1,0 +1,157 @@
+"""Act 3, PPO on a KL leash (Ziegler et al. 2019; Stiennon et al. 2020): generate, score, learn from the score, repeat.
+
+    python experiments/ppo.py --run runs/mine
+
+takes up `runs/mine/sft` and `runs/mine/reward_model` and writes `runs/mine/ppo`. Two CPU cores, about a minute and a half.
+Defaults are those of lm-human-preferences where it has one. Deviations, all for a run of minutes instead of days: 50
+iterations of 128 completions, a learning rate 100 times higher, and a KL controller that is 10 times faster.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import reward_model
+import sft
+import task
+import tyro
+
+from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.models import transformer
+from rlhf_jax.models.heads import init_value_head
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.objectives import actor_critic, separate_critic, shared_critic
+from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.sharding import make_mesh, shard_batch
+from rlhf_jax.training.optimizers import linear_anneal, ppo_optimizer
+from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
+from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
+from rlhf_jax.training.train_step import make_train_step
+from rlhf_jax.types import Frozen, Params, PromptBatch, SequenceBatch
+
+SHOW = {"objective/rlhf_reward": "reward", "objective/scores": "score", "objective/kl": "KL", "loss/value_avg": "value loss"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Numbers of act 3."""
+
+    num_iterations: int = 50
+    batch_size: int = 128
+    num_epochs: int = 2
+    num_minibatches: int = 4
+    num_micro_batches: int = 1
+    learning_rate: float = 1e-3
+    kl_coef: float = 0.1
+    kl_target: float | None = 4.0
+    """Nats per completion; none keeps `kl_coef` fixed."""
+    kl_horizon: float = 400.0
+    temperature: float = 1.0
+    gae_lambda: float = 0.95
+    vf_coef: float = 0.1
+    separate_critic: bool = True
+    """A critic of its own, started from the reward model's trunk; else a head on the policy."""
+    missing_eos_penalty: float = 1.0
+    """Taken off the z-scored reward of a completion that did not end."""
+    ptx_coef: float = 0.0
+    """Weight of the demonstrations' loss (PPO-ptx)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(task.TaskConfig):
+    """Act 3 alone."""
+
+    ppo: PPOConfig = PPOConfig()
+
+
+@functools.cache
+def build(config: PPOConfig, lengths: task.TaskConfig, network: TransformerConfig, eos_id: int, pad_id: int):
+    """The optimiser and the jitted iteration; equal arguments share one compilation."""
+    model = transformer.causal_model(network)
+    critic = separate_critic(model) if config.separate_critic else shared_critic
+    steps = config.num_epochs * config.num_minibatches
+    schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
+    optimizer = ppo_optimizer(schedule)
+    objective = actor_critic(model, critic, temperature=config.temperature, vf_coef=config.vf_coef)
+    iteration = make_ppo_iteration(
+        sample_fn=task.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
+        score_fn=make_score_fn(model, missing_eos_penalty=config.missing_eos_penalty),
+        experience_fn=make_experience_fn(
+            model, critic, temperature=config.temperature, gae_lambda=config.gae_lambda
+        ),
+        update_fn=make_ppo_update(
+            make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches),
+            num_epochs=config.num_epochs,
+            num_minibatches=config.num_minibatches,
+            kl_target=config.kl_target,
+            kl_horizon=config.kl_horizon,
+            ptx_coef=config.ptx_coef,
+        ),
+    )
+    return optimizer, jax.jit(iteration, donate_argnames="state")
+
+
+def train(
+    config: PPOConfig,
+    lengths: task.TaskConfig,
+    network: TransformerConfig,
+    tokenizer: Tokenizer,
+    frozen: Frozen,
+    prompts: PromptBatch,
+    *,
+    seed: int,
+    log_to: Path,
+    demonstrations: SequenceBatch | None = None,
+    stage: str = "ppo",
+) -> tuple[Params, list[dict[str, float]]]:
+    """Train the policy that `frozen.ref_params` starts; returns its parameters and the metrics of every iteration.
+
+    `demonstrations` are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
+    """
+    mesh, history = make_mesh(), []
+    optimizer, iteration = build(config, lengths, network, tokenizer.eos_id, tokenizer.pad_id)
+    critic = {"head": init_value_head(network.model_dim)}
+    if config.separate_critic:
+        critic = critic_from_trunk(frozen.reward_params["trunk"], network.model_dim)
+    state = init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef)
+    root = jax.random.key(seed)
+    with MetricLog(log_to, stage, config.num_iterations, show=SHOW) as log:
+        for step in range(config.num_iterations):
+            batch = PPOBatch(pick(prompts, seed, step, config.batch_size))
+            if config.ptx_coef:
+                batch = batch.replace(demonstrations=pick(demonstrations, seed, step, config.batch_size))
+            state, metrics = iteration(frozen, state, shard_batch(batch, mesh), jax.random.fold_in(root, step))
+            new_tokens = int(config.batch_size * metrics["response/len_mean"])
+            history.append(log.write(step, metrics, tokens=new_tokens))
+    return state.params["policy"], history
+
+
+def pick(data, seed: int, step: int, batch_size: int):
+    """Rows of one step."""
+    rows = batch_indices(seed, step, num_examples=data.tokens.shape[0], batch_size=batch_size)
+    return jax.tree.map(lambda x: x[rows], data)
+
+
+def main(config: Config) -> None:
+    """Play act 3 and save the policy."""
+    run = config.run
+    tokenizer, network, policy = sft.load(run)
+    reward_params, mean, std = reward_model.load(run, network, tokenizer)
+    frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
+    train_prompts, _ = task.load_prompts(config)
+    rows = task.prompt_rows(config, tokenizer, train_prompts)
+    demonstrations = None
+    if config.ppo.ptx_coef:
+        demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
+    options = {"seed": config.seed, "log_to": run / "metrics.jsonl", "demonstrations": demonstrations}
+    params, history = train(config.ppo, config, network, tokenizer, frozen, rows, **options)
+    checkpoint.save(run / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    print(f"KL {history[-1]['objective/kl']:.2f} nats; policy saved in {run / 'ppo'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

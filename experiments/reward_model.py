@@ -1,0 +1,184 @@
+"""Act 2, the reward model: learn to predict how people rank responses (Bradley-Terry over all pairs; InstructGPT §3.5).
+
+    python experiments/reward_model.py --run runs/mine
+
+takes up `runs/mine/sft`, samples K responses to each prompt from it, has simulated annotators rank them best to worst and
+writes `runs/mine/reward_model`. With `--data FILE` it learns from the rankings or pairs of that file instead. Two CPU
+cores, about half a minute. One epoch: more overfits (Stiennon et al. 2020; Ouyang et al. 2022).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sft
+import task
+import tyro
+
+from rlhf_jax.data import synthetic
+from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.records import Prompt, Ranking
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.models import transformer
+from rlhf_jax.models.heads import init_reward_head, sequence_scores
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.objectives import reward_model
+from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.sharding import make_mesh, shard_batch
+from rlhf_jax.training.evaluate import evaluate
+from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
+from rlhf_jax.training.train_step import init_train_state, make_train_step
+from rlhf_jax.types import Params, PromptBatch, RankingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """Numbers of act 2."""
+
+    num_epochs: float = 1.0
+    batch_size: int = 16
+    """Prompts; each brings all its responses."""
+    learning_rate: float = 2e-3
+    num_responses: int = 4
+    """K; people ranked 4 to 9 for InstructGPT."""
+    label_smoothing: float = 0.0
+    centering_coef: float = 0.0
+    num_micro_batches: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(task.TaskConfig):
+    """Act 2 alone."""
+
+    reward: RewardModelConfig = RewardModelConfig()
+
+
+def train(
+    config: RewardModelConfig,
+    network: TransformerConfig,
+    trunk: Params,
+    data: RankingBatch,
+    *,
+    seed: int,
+    log_to: Path,
+    stage: str = "reward_model",
+) -> Params:
+    """Fit a reward model that starts from `trunk` (the SFT policy) with a fresh head."""
+    mesh = make_mesh()
+    num_prompts = data.tokens.shape[0]
+    num_steps = int(config.num_epochs * (num_prompts // config.batch_size))
+    optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
+    objective = reward_model(
+        transformer.causal_model(network), label_smoothing=config.label_smoothing, centering_coef=config.centering_coef
+    )
+    train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
+    train_step = jax.jit(train_step, donate_argnames="state")
+    head = init_reward_head(jax.random.key(seed), network.model_dim)
+    state = init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer)
+    with MetricLog(log_to, stage, num_steps, show={"rm/loss": "loss", "rm/accuracy": "accuracy"}) as log:
+        for step in range(num_steps):
+            rows = batch_indices(seed, step, num_examples=num_prompts, batch_size=config.batch_size)
+            batch = shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh)
+            state, metrics = train_step(state, batch)
+            log.write(step, metrics, tokens=batch.tokens.size)
+    return state.params
+
+
+def score_rows(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Raw scores `[N]` of whole rows, 256 at a time."""
+    model = transformer.causal_model(network)
+    score = jax.jit(lambda params, tokens, segment_ids: sequence_scores(model, params, tokens, segment_ids))
+    parts = []
+    for start in range(0, len(tokens), 256):
+        rows = np.minimum(np.arange(start, start + 256), len(tokens) - 1)
+        parts.append(np.asarray(score(params, tokens[rows], segment_ids[rows]))[: len(tokens) - start])
+    return np.concatenate(parts)
+
+
+def collect_rankings(
+    config: task.TaskConfig,
+    network: TransformerConfig,
+    tokenizer: Tokenizer,
+    policy: Params,
+    questions: Sequence[str],
+    *,
+    num_responses: int,
+    seed: int,
+) -> list[Ranking]:
+    """The human step of the embedded world: sample K responses to each question, have them ranked."""
+    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id, num_responses)
+    prompts = task.prompt_rows(config, tokenizer, task.world_prompts(questions))
+    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=128)
+    texts = task.completions(tokenizer, sampled)
+    groups = [texts[i : i + num_responses] for i in range(0, len(texts), num_responses)]
+    return task.world_rankings(questions, groups, seed=seed)
+
+
+def reference_moments(
+    config: task.TaskConfig,
+    network: TransformerConfig,
+    tokenizer: Tokenizer,
+    policy: Params,
+    params: Params,
+    prompts: PromptBatch,
+    *,
+    seed: int,
+) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores on fresh samples of the SFT policy (lm-human-preferences #16)."""
+    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
+    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
+    scores = score_rows(network, params, sampled.tokens, sampled.segment_ids)
+    return float(scores.mean()), float(scores.std())
+
+
+def save(run: Path, params: Params, tokenizer: Tokenizer, *, mean: float, std: float) -> None:
+    """Keep the reward model and the moments of its scores on the SFT policy's samples."""
+    checkpoint.save(run / "reward_model", 0, params, notes={"mean": mean, "std": std, "tokenizer": tokenizer.fingerprint})
+
+
+def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[Params, float, float]:
+    """The reward model of act 2, and the mean and standard deviation of its scores on the SFT policy's samples."""
+    notes = checkpoint.read_notes(run / "reward_model")
+    if notes["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(f"the reward model in {run} was trained with another tokenizer than the policy")
+    like = jax.eval_shape(
+        lambda: {
+            "trunk": transformer.init(jax.random.key(0), network),
+            "head": init_reward_head(jax.random.key(0), network.model_dim),
+        }
+    )
+    return checkpoint.restore(run / "reward_model", like), notes["mean"], notes["std"]
+
+
+def main(config: Config) -> None:
+    """Play act 2 and save the reward model."""
+    run = config.run
+    tokenizer, network, policy = sft.load(run)
+    num_responses = config.reward.num_responses
+    if config.data is None:
+        train_prompts, held_out_prompts = task.load_prompts(config)
+        settings = {"num_responses": num_responses, "seed": config.seed}
+        questions = [record.prompt[0].content for record in train_prompts[: task.NUM_RANKINGS]]
+        rankings = collect_rankings(config, network, tokenizer, policy, questions, **settings)
+        questions = [record.prompt[0].content for record in held_out_prompts]
+        held_out = collect_rankings(config, network, tokenizer, policy, questions, **settings)
+        print(synthetic.agreement_ceiling(task.response_pairs(held_out)))
+    else:
+        rankings, held_out = task.load_rankings(config)
+        num_responses = max(len(record.responses) for record in [*rankings, *held_out])
+    data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
+    params = train(config.reward, network, policy, data, seed=config.seed, log_to=run / "metrics.jsonl")
+    prompts = task.prompt_rows(config, tokenizer, [Prompt(record.id, record.prompt) for record in rankings[:512]])
+    mean, std = reference_moments(config, network, tokenizer, policy, params, prompts, seed=config.seed)
+    save(run, params, tokenizer, mean=mean, std=std)
+    held_out_rows = task.ranking_rows(config, tokenizer, held_out, num_responses=num_responses)
+    result = evaluate(reward_model(transformer.causal_model(network)))(params, sft.batches(held_out_rows, 32))
+    print(f"held-out accuracy {result['rm/accuracy']:.3f}; reward model saved in {run / 'reward_model'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

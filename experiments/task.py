@@ -1,0 +1,218 @@
+"""What the scripts of this folder train on: the embedded world, or files in the clean schema given by `--data`."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data import chat, synthetic
+from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ranking_batch, split_by_prompt
+from rlhf_jax.data.demonstrations import read_demonstrations
+from rlhf_jax.data.json_lines import read_json_lines
+from rlhf_jax.data.lengths import fit_demonstrations, fit_prompts, fit_rankings, truncate_left
+from rlhf_jax.data.preferences import preference_ranking, read_preferences, read_rankings
+from rlhf_jax.data.prompts import read_prompts
+from rlhf_jax.data.records import Demonstration, Message, Prompt, Ranking
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from rlhf_jax.generation.generate import generate
+from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import CausalModel, Generation, Params, PromptBatch, RankingBatch, SequenceBatch
+
+NUM_DEMONSTRATIONS, NUM_RANKINGS, NUM_PROMPTS, NUM_HELD_OUT = 16_000, 4_096, 8_192, 512
+HELD_OUT_FRACTION = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Where the text comes from and how long it may be."""
+
+    run: Path = Path("runs/rlhf")
+    """Folder of the run; one that exists is never overwritten."""
+    resume: bool = False
+    """Continue in `run`: acts that are finished are not played again."""
+    seed: int = 0
+    data: Path | None = None
+    """JSON lines in the clean schema; none = the embedded world."""
+    vocab_size: int = 1024
+    prompt_length: int = 25
+    """Tokens; longer prompts lose their beginning."""
+    response_length: int = 24
+    """Tokens, the end of sequence included; longer demonstrations are dropped."""
+    row_length: int = 64
+    """Tokens of a training row of act 1, which packs several demonstrations."""
+
+
+def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[Demonstration], list[Demonstration]]:
+    """Tokenizer (trained on the text once, then kept in `run/tokenizer`), training and held-out demonstrations."""
+    if config.data is None:
+        train = world_demonstrations(synthetic.demonstrations(config.seed, NUM_DEMONSTRATIONS))
+        rng = np.random.default_rng([config.seed, 1])
+        prompts = synthetic.sample_prompts(config.seed + 1, NUM_HELD_OUT, heldout=True)
+        held_out = world_demonstrations([(prompt, synthetic.respond(rng, prompt)) for prompt in prompts])
+    else:
+        records, report = read_demonstrations(config.data)
+        print(f"{config.data}: {report}")
+        train, held_out = split_by_prompt(records, fraction=HELD_OUT_FRACTION, seed=config.seed)
+    if not (run / "tokenizer").exists():
+        texts = [chat.render(record.prompt) + " " + record.response for record in train]
+        save_tokenizer(train_bpe(texts, vocab_size=config.vocab_size), run / "tokenizer")
+    return load_tokenizer(run / "tokenizer"), train, held_out
+
+
+def load_rankings(config: TaskConfig) -> tuple[list[Ranking], list[Ranking]]:
+    """Training and held-out rankings of the file `--data`; pairs count as rankings of two."""
+    if config.data is None:
+        raise ValueError("load_rankings reads a file: in the embedded world, sample responses and have them ranked")
+    _, first = next(iter(read_json_lines(config.data)))
+    records, report = (read_preferences if "chosen" in first else read_rankings)(config.data)
+    print(f"{config.data}: {report}")
+    rankings = [record if isinstance(record, Ranking) else preference_ranking(record) for record in records]
+    return split_by_prompt(rankings, fraction=HELD_OUT_FRACTION, seed=config.seed)
+
+
+def load_prompts(config: TaskConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts."""
+    if config.data is None:
+        train = synthetic.sample_prompts(config.seed + 2, NUM_PROMPTS)
+        return world_prompts(train), world_prompts(held_out_questions(config))
+    records, report = read_prompts(config.data)
+    print(f"{config.data}: {report}")
+    return split_by_prompt(records, fraction=HELD_OUT_FRACTION, seed=config.seed)
+
+
+def held_out_questions(config: TaskConfig) -> list[str]:
+    """The world's prompts on which everything is judged: distinct, none of them seen in training."""
+    drawn = synthetic.sample_prompts(config.seed + 3, 40 * NUM_HELD_OUT, heldout=True)
+    return list(dict.fromkeys(drawn))[:NUM_HELD_OUT]
+
+
+def world_demonstrations(pairs: Sequence[tuple[str, str]]) -> list[Demonstration]:
+    """The world's (prompt, response) strings as records."""
+    return [Demonstration(str(i), (Message("user", p),), response) for i, (p, response) in enumerate(pairs)]
+
+
+def world_prompts(questions: Sequence[str]) -> list[Prompt]:
+    """The world's prompt strings as records."""
+    return [Prompt(str(i), (Message("user", question),)) for i, question in enumerate(questions)]
+
+
+def world_rankings(questions: Sequence[str], responses: Sequence[Sequence[str]], *, seed: int) -> list[Ranking]:
+    """K responses to each question, ranked by a random annotator of the world's panel."""
+    ranked = synthetic.annotate(seed, list(zip(questions, responses, strict=True)))
+    return [
+        Ranking(str(i), (Message("user", question),), tuple(texts), ranks)
+        for i, (question, texts, (_, ranks)) in enumerate(zip(questions, responses, ranked, strict=True))
+    ]
+
+
+def response_pairs(rankings: Sequence[Ranking]) -> list[tuple[str, str, str]]:
+    """(prompt, a, b) for every two different responses of the world's rankings."""
+    return [
+        (record.prompt[0].content, a, b)
+        for record in rankings
+        for a, b in itertools.combinations(record.responses, 2)
+        if a != b
+    ]
+
+
+def demonstration_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Demonstration]) -> SequenceBatch:
+    """Packed token rows; what does not fit is dropped and said."""
+    examples = [chat.encode_demonstration(tokenizer, record) for record in records]
+    examples, report = fit_demonstrations(
+        examples, length=min(config.row_length, config.prompt_length + config.response_length), overlong=truncate_left
+    )
+    _say(report, "demonstrations")
+    return packed_demonstration_batch(
+        examples, length=config.row_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size
+    )
+
+
+def ranking_rows(
+    config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Ranking], *, num_responses: int
+) -> RankingBatch:
+    """One element per prompt, all its responses in it; rows as long as the longest needs."""
+    limit = config.prompt_length + config.response_length + 1
+    examples = [chat.encode_ranking(tokenizer, record) for record in records]
+    examples, report = fit_rankings(examples, length=limit, overlong=truncate_left)
+    _say(report, "rankings")
+    length = max(len(prompt) + max(map(len, responses)) for prompt, responses, _ in examples)
+    return ranking_batch(
+        examples,
+        length=length,
+        num_responses=num_responses,
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def prompt_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Prompt]) -> PromptBatch:
+    """Left-padded prompts."""
+    prompts, report = fit_prompts(
+        chat.encode_prompts(tokenizer, records), length=config.prompt_length, overlong=truncate_left
+    )
+    _say(report, "prompts")
+    return prompt_batch(
+        prompts, length=config.prompt_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size
+    )
+
+
+def sampler(
+    config: TaskConfig, model: CausalModel, *, eos_id: int, pad_id: int, temperature: float = 1.0, num_samples: int = 1
+):
+    """`sample(params, prompts, key) -> Generation` with this task's lengths; not jitted."""
+
+    def sample(params: Params, prompts: PromptBatch, key: jax.Array) -> Generation:
+        return generate(
+            model,
+            params,
+            prompts,
+            key,
+            max_new_tokens=config.response_length,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            temperature=temperature,
+            samples_per_prompt=num_samples,
+        )
+
+    return sample
+
+
+@functools.cache
+def jitted_sampler(config: TaskConfig, network: TransformerConfig, eos_id: int, pad_id: int, num_samples: int = 1):
+    """`sampler` jitted; equal arguments share one compilation."""
+    model = transformer.causal_model(network)
+    return jax.jit(sampler(config, model, eos_id=eos_id, pad_id=pad_id, num_samples=num_samples))
+
+
+def sample_all(sample_fn, params: Params, prompts: PromptBatch, key: jax.Array, *, batch_size: int) -> Generation:
+    """Sample for all prompts, `batch_size` of them at a time; results on the host.
+
+    A last, smaller batch is filled with copies of its first prompt, which are then thrown away: one compilation.
+    """
+    num_prompts, parts = prompts.tokens.shape[0], []
+    for start in range(0, num_prompts, batch_size):
+        rows = np.arange(start, start + batch_size)
+        rows = np.where(rows < num_prompts, rows, start)
+        batch = jax.tree.map(lambda x, rows=rows: jnp.asarray(np.asarray(x)[rows]), prompts)
+        sampled = jax.device_get(sample_fn(params, batch, jax.random.fold_in(key, start)))
+        per_prompt = sampled.tokens.shape[0] // batch_size
+        keep = min(batch_size, num_prompts - start) * per_prompt
+        parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sampled))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def completions(tokenizer: Tokenizer, generation: Generation) -> list[str]:
+    """The text of each completion."""
+    tokens, masks = np.asarray(generation.tokens), np.asarray(generation.completion_mask)
+    return [chat.decode_completion(tokenizer, row[mask].tolist()) for row, mask in zip(tokens, masks, strict=True)]
+
+
+def _say(report, what: str) -> None:
+    if report.kept < report.read or report.truncated_prompts:
+        print(f"{what}: {report}")
