@@ -33,7 +33,12 @@ from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import make_train_step
 from rlhf_jax.types import Frozen, Params, PromptBatch, SequenceBatch
 
-SHOW = {"objective/rlhf_reward": "reward", "objective/scores": "score", "objective/kl": "KL", "loss/value_avg": "value loss"}
+SHOW = {
+    "objective/rlhf_reward": "reward",
+    "objective/scores": "score",
+    "objective/kl": "KL",
+    "loss/value_avg": "value loss",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +46,15 @@ class PPOConfig:
     """Numbers of act 3."""
 
     num_iterations: int = 50
-    batch_size: int = 128
+    batch_size: int = 256
     num_epochs: int = 2
     num_minibatches: int = 4
     num_micro_batches: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     kl_coef: float = 0.1
     kl_target: float | None = 4.0
     """Nats per completion; none keeps `kl_coef` fixed."""
-    kl_horizon: float = 400.0
+    kl_horizon: float = 800.0
     temperature: float = 1.0
     gae_lambda: float = 0.95
     vf_coef: float = 0.1
@@ -80,9 +85,7 @@ def build(config: PPOConfig, lengths: task.TaskConfig, network: TransformerConfi
     iteration = make_ppo_iteration(
         sample_fn=task.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
         score_fn=make_score_fn(model, missing_eos_penalty=config.missing_eos_penalty),
-        experience_fn=make_experience_fn(
-            model, critic, temperature=config.temperature, gae_lambda=config.gae_lambda
-        ),
+        experience_fn=make_experience_fn(model, critic, temperature=config.temperature, gae_lambda=config.gae_lambda),
         update_fn=make_ppo_update(
             make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches),
             num_epochs=config.num_epochs,

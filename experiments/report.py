@@ -1,6 +1,6 @@
 """The report of the embedded world's run: every figure is computed from the rows of `samples.jsonl`, and from nothing else.
 
-    python experiments/report.py runs/mine        # computes report.json anew and says whether it is the same
+python experiments/report.py runs/mine        # computes report.json anew and says whether it is the same
 """
 
 import json
@@ -42,7 +42,9 @@ def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> 
     rankings = [row for row in rows if row["kind"] == "ranking"]
     demonstrations = [row for row in rows if row["kind"] == "demonstration"]
     before, after = ([row[side] for row in pairs] for side in ("before", "after"))
-    gold_before, gold_after = ([gold(row["prompt"], row[side]["text"]) for row in pairs] for side in ("before", "after"))
+    gold_before, gold_after = (
+        [gold(row["prompt"], row[side]["text"]) for row in pairs] for side in ("before", "after")
+    )
     compared = [(row["prompt"], a, b) for row in rankings for a, b in _different(row["responses"])]
     agreement = synthetic.agreement_ceiling(compared)
     tokens = sum(row["tokens"] for row in demonstrations)
@@ -60,7 +62,9 @@ def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> 
         "kl": float(np.mean([side["kl"] for side in after])),
         "length": _means(before, after, "tokens"),
         "nll": {when: sum(row[f"nll_{when}"] for row in demonstrations) / tokens for when in ("before", "after")},
-        "traits": {name: {"before": trait(pairs, "before", name), "after": trait(pairs, "after", name)} for name in TRAITS},
+        "traits": {
+            name: {"before": trait(pairs, "before", name), "after": trait(pairs, "after", name)} for name in TRAITS
+        },
         "controls": controls([row for row in rows if row["kind"] == "control"]),
     }
 
@@ -108,7 +112,8 @@ def controls(rows: Sequence[dict]) -> dict:
         mine = [row for row in rows if row["name"] == name]
         runs = [[row for row in mine if row["run"] == run] for run in sorted({row["run"] for row in mine})]
         wins = [
-            win_rate([gold(r["prompt"], r["after"]) for r in run], [gold(r["prompt"], r["before"]) for r in run]) for run in runs
+            win_rate([gold(r["prompt"], r["after"]) for r in run], [gold(r["prompt"], r["before"]) for r in run])
+            for run in runs
         ]
         whole = wins[0] if len(wins) == 1 else mean_interval([win.mean for win in wins])
         result[name] = {
@@ -130,8 +135,10 @@ def render(report: dict, rows: Sequence[dict]) -> str:
         "",
         "| | SFT | PPO |",
         "|---|---|---|",
-        *(f"| {label}, % | {_percent(report['traits'][name]['before'])} | {_percent(report['traits'][name]['after'])} |"
-          for name, label in TRAITS.items()),
+        *(
+            f"| {label}, % | {_percent(report['traits'][name]['before'])} | {_percent(report['traits'][name]['after'])} |"
+            for name, label in TRAITS.items()
+        ),
         f"| true utility | {report['gold_utility']['before']:.2f} | {report['gold_utility']['after']:.2f} |",
         f"| reward-model score (SFT mean 0, std 1) | {report['score']['before']:.2f} | {report['score']['after']:.2f} |",
         f"| length, tokens | {report['length']['before']:.1f} | {report['length']['after']:.1f} |",

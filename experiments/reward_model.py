@@ -39,10 +39,10 @@ from rlhf_jax.types import Params, PromptBatch, RankingBatch
 class RewardModelConfig:
     """Numbers of act 2."""
 
-    num_epochs: float = 1.0
+    num_epochs: float = 2.0
     batch_size: int = 16
     """Prompts; each brings all its responses."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     num_responses: int = 4
     """K; people ranked 4 to 9 for InstructGPT."""
     label_smoothing: float = 0.0
@@ -137,7 +137,9 @@ def reference_moments(
 
 def save(run: Path, params: Params, tokenizer: Tokenizer, *, mean: float, std: float) -> None:
     """Keep the reward model and the moments of its scores on the SFT policy's samples."""
-    checkpoint.save(run / "reward_model", 0, params, notes={"mean": mean, "std": std, "tokenizer": tokenizer.fingerprint})
+    checkpoint.save(
+        run / "reward_model", 0, params, notes={"mean": mean, "std": std, "tokenizer": tokenizer.fingerprint}
+    )
 
 
 def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[Params, float, float]:

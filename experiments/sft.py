@@ -34,7 +34,7 @@ from rlhf_jax.types import Params, SequenceBatch
 class SFTConfig:
     """Numbers of act 1, and the network's shape for all three."""
 
-    num_epochs: float = 3.0
+    num_epochs: float = 2.5
     batch_size: int = 32
     learning_rate: float = 4e-3
     num_micro_batches: int = 1

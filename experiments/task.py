@@ -17,7 +17,7 @@ from rlhf_jax.data.json_lines import read_json_lines
 from rlhf_jax.data.lengths import fit_demonstrations, fit_prompts, fit_rankings, truncate_left
 from rlhf_jax.data.preferences import preference_ranking, read_preferences, read_rankings
 from rlhf_jax.data.prompts import read_prompts
-from rlhf_jax.data.records import Demonstration, Message, Prompt, Ranking
+from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
@@ -157,9 +157,7 @@ def prompt_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Prom
         chat.encode_prompts(tokenizer, records), length=config.prompt_length, overlong=truncate_left
     )
     _say(report, "prompts")
-    return prompt_batch(
-        prompts, length=config.prompt_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size
-    )
+    return prompt_batch(prompts, length=config.prompt_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size)
 
 
 def sampler(
@@ -213,6 +211,9 @@ def completions(tokenizer: Tokenizer, generation: Generation) -> list[str]:
     return [chat.decode_completion(tokenizer, row[mask].tolist()) for row, mask in zip(tokens, masks, strict=True)]
 
 
-def _say(report, what: str) -> None:
+def _say(report: DataReport, what: str) -> None:
+    """Print what the length limits did; nothing left is an error."""
+    if not report.kept:
+        raise ValueError(f"{what}: {report}; nothing is left to train on: raise prompt_length or response_length")
     if report.kept < report.read or report.truncated_prompts:
         print(f"{what}: {report}")

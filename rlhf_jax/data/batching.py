@@ -53,9 +53,7 @@ def batch_indices(seed: int, step: int, *, num_examples: int, batch_size: int) -
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def split_by_prompt(
-    records: Sequence[Record], *, fraction: float, seed: int
-) -> tuple[list[Record], list[Record]]:
+def split_by_prompt(records: Sequence[Record], *, fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Splits into (train, validation) with about `fraction` of the prompts in validation; order is kept.
 
     The side is a hash of (seed, roles and text of the prompt with case and white space normalised): records
@@ -102,8 +100,8 @@ def packed_demonstration_batch(
 ) -> SequenceBatch:
     """Several examples a row, told apart by `segment_ids` 1, 2, 3, ...: fewer rows and little padding.
 
-    Longest first, each into the row with the least room that still holds it (best-fit decreasing). Every token is computed as if its
-    example stood alone, so the loss is the one of `demonstration_batch`. Raises as that does.
+    Longest first, each into the row with the least room that still holds it (best-fit decreasing). Every token is
+    computed as if its example stood alone, so the loss is the one of `demonstration_batch`. Raises as that does.
     """
     for row, (prompt, response) in enumerate(examples):
         _check_fits(len(prompt), len(response), length, f"example {row}")
@@ -119,7 +117,8 @@ def packed_demonstration_batch(
             row = with_room[room].pop()
         rows[row].append(examples[i])
         with_room[room - sizes[i]].append(row)
-    tokens = _padded([[t for part in row for ids in part for t in ids] for row in rows], length, pad_id, vocab_size)
+    flat = [[token for example in row for ids in example for token in ids] for row in rows]
+    tokens = _padded(flat, length, pad_id, vocab_size)
     segment_ids = np.zeros(tokens.shape, np.int32)
     loss_mask = np.zeros(tokens.shape, bool)
     for r, row in enumerate(rows):
@@ -166,9 +165,7 @@ def ranking_batch(
     )
 
 
-def prompt_batch(
-    prompts: Sequence[Sequence[int]], *, length: int, pad_id: int, vocab_size: int
-) -> PromptBatch:
+def prompt_batch(prompts: Sequence[Sequence[int]], *, length: int, pad_id: int, vocab_size: int) -> PromptBatch:
     """Prompts padded on the left, so that all end in the last column: `tokens`, `mask` `[B, length]`.
 
     Raises `ValueError`, naming the row, for an empty or overlong prompt or an id outside the vocabulary.
@@ -176,9 +173,7 @@ def prompt_batch(
     for row, prompt in enumerate(prompts):
         _check_fits(len(prompt), 0, length, f"row {row}", response_needed=False)
     tokens = _padded(prompts, length, pad_id, vocab_size, left=True)
-    return PromptBatch(
-        tokens=tokens, mask=np.arange(length) >= length - _column([len(prompt) for prompt in prompts])
-    )
+    return PromptBatch(tokens=tokens, mask=np.arange(length) >= length - _column([len(prompt) for prompt in prompts]))
 
 
 def check_token_ids(array: np.ndarray, vocab_size: int, name: str) -> None:
@@ -190,8 +185,7 @@ def check_token_ids(array: np.ndarray, vocab_size: int, name: str) -> None:
     whole = array.dtype.kind in "iu" or (array.dtype.kind == "O" and all(type(i) is int for i in array.flat))
     if not whole:
         raise ValueError(
-            f"{name}: ids have dtype {array.dtype}, expected integers; "
-            "fix: pass the tokenizer's ids as they are"
+            f"{name}: ids have dtype {array.dtype}, expected integers; fix: pass the tokenizer's ids as they are"
         )
     limit = min(vocab_size, MAX_TOKEN_ID)
     outside = (array < 0) | (array >= limit)
@@ -227,8 +221,7 @@ def _padded(
     if not rows:
         raise ValueError("a batch of 0 rows; fix: give at least one example")
     filled = [
-        [pad_id] * (length - len(row)) + list(row) if left else [*row, *[pad_id] * (length - len(row))]
-        for row in rows
+        [pad_id] * (length - len(row)) + list(row) if left else [*row, *[pad_id] * (length - len(row))] for row in rows
     ]
     tokens = np.array(filled)
     if tokens.dtype.kind == "f":  # numpy's answer to integers beyond 2**63 (and to floats, refused below)
@@ -244,13 +237,9 @@ def _column(lengths: list[int]) -> np.ndarray:
 
 def _check_fits(prompt: int, response: int, length: int, where: str, *, response_needed: bool = True) -> None:
     if prompt == 0:
-        raise ValueError(
-            f"{where}: the prompt has no token; fix: drop the record or begin prompts with a bos token"
-        )
+        raise ValueError(f"{where}: the prompt has no token; fix: drop the record or begin prompts with a bos token")
     if response_needed and response == 0:
-        raise ValueError(
-            f"{where}: the response has no token; fix: drop the record or end responses with eos"
-        )
+        raise ValueError(f"{where}: the response has no token; fix: drop the record or end responses with eos")
     if prompt + response > length:
         raise ValueError(
             f"{where}: {prompt} prompt + {response} response tokens > length {length}; "

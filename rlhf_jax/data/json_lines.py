@@ -68,9 +68,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, item
     raise_problems(path, problems)
     if not found:
-        raise DataError(
-            f"{path}: holds no record; nothing was read; fix: check that the file was written fully"
-        )
+        raise DataError(f"{path}: holds no record; nothing was read; fix: check that the file was written fully")
 
 
 def parse_lines(path: str | Path, parse: Callable[[int, dict[str, Any]], T]) -> list[T]:
@@ -96,15 +94,10 @@ def parse_array(path: str | Path, parse: Callable[[int, dict[str, Any]], T]) -> 
         line = text.count("\n", 0, error.column - 1) + 1 if error.column else 1
         raise DataError(str(Problem(f"{path}:{line}", error.what, error.fix))) from error
     if not isinstance(items, list):
-        raise DataError(
-            f"{path}: holds {json_type(items)}, expected an array of objects; fix: check the layout"
-        )
+        raise DataError(f"{path}: holds {json_type(items)}, expected an array of objects; fix: check the layout")
     return _parse_all(
         path,
-        (
-            (i, f"{path}: item {i}", _object_or_problem(item, f"{path}: item {i}"))
-            for i, item in enumerate(items)
-        ),
+        ((i, f"{path}: item {i}", _object_or_problem(item, f"{path}: item {i}")) for i, item in enumerate(items)),
         parse,
     )
 
@@ -115,9 +108,7 @@ def load_strict(text: str) -> Any:
     Raises `UnusableError`, with the column (from 1, in characters of `text`) where it is known.
     """
     try:
-        value = json.loads(
-            text, parse_constant=_refuse_number, parse_float=_finite, object_pairs_hook=_unique_keys
-        )
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise UnusableError(
             f"not valid JSON ({error.msg})", "write one complete JSON object per line", error.pos + 1
@@ -136,9 +127,7 @@ def load_strict(text: str) -> Any:
     except ValueError as error:  # an integer of thousands of digits
         raise UnusableError(f"not valid JSON ({error})", "write numbers of a sensible size") from error
     if "\\u" in text and _has_half_surrogate(value):
-        raise UnusableError(
-            "holds half of a surrogate pair, which is no character", "write the text as UTF-8 again"
-        )
+        raise UnusableError("holds half of a surrogate pair, which is no character", "write the text as UTF-8 again")
     return value
 
 
@@ -205,9 +194,7 @@ def _parse_all(
             break
     raise_problems(path, problems)
     if not parsed:
-        raise DataError(
-            f"{path}: holds no record; nothing was read; fix: check that the file was written fully"
-        )
+        raise DataError(f"{path}: holds no record; nothing was read; fix: check that the file was written fully")
     return parsed
 
 
@@ -221,18 +208,14 @@ def _scan(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
         except UnusableError as error:
             place = where if error.column is None else f"{where}:{error.column}"
             cut = error.column is not None and not raw.endswith(b"\n")
-            fix = (
-                f"{error.fix} (this last line has no line end: the file may be cut off)" if cut else error.fix
-            )
+            fix = f"{error.fix} (this last line has no line end: the file may be cut off)" if cut else error.fix
             yield number, Problem(place, error.what, fix)
 
 
 def _object_or_problem(value: Any, where: str) -> dict[str, Any] | Problem:
     if isinstance(value, dict):
         return value
-    return Problem(
-        where, f"holds {json_type(value)}, expected an object", 'write records as {"field": value, ...}'
-    )
+    return Problem(where, f"holds {json_type(value)}, expected an object", 'write records as {"field": value, ...}')
 
 
 def _raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -258,9 +241,7 @@ def _decode_line(raw: bytes, first: bool) -> str:
         return raw.rstrip(b"\r\n").decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
         column = len(raw[: error.start].decode("utf-8", errors="replace")) + 1
-        raise UnusableError(
-            f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8", column
-        ) from error
+        raise UnusableError(f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8", column) from error
 
 
 def _decode(raw: bytes, first: bool, where: str) -> str:

@@ -96,9 +96,7 @@ def ranking_pairs(ranking: Ranking) -> list[Preference]:
         better, worse = (i, j) if ranking.ranks[i] < ranking.ranks[j] else (j, i)
         if ranking.ranks[better] < ranking.ranks[worse]:
             name = f"{ranking.id}/{better}>{worse}"
-            pairs.append(
-                Preference(name, ranking.prompt, ranking.responses[better], ranking.responses[worse])
-            )
+            pairs.append(Preference(name, ranking.prompt, ranking.responses[better], ranking.responses[worse]))
     return pairs
 
 
@@ -249,9 +247,7 @@ def _check_lengths(ranking: Ranking) -> None:
             "give each response one",
         )
     if len(ranking.responses) < 2:
-        raise UnusableError(
-            f"{len(ranking.responses)} responses, expected two or more", "rank at least two responses"
-        )
+        raise UnusableError(f"{len(ranking.responses)} responses, expected two or more", "rank at least two responses")
 
 
 def _useful_places(ranking: Ranking) -> tuple[list[int], list[str]]:

@@ -18,9 +18,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], DataReport]:
     """
 
     def parse(line: int, record: dict[str, Any]) -> Prompt | Dropped:
-        prompt = Prompt(
-            id=id_field(record, f"{file_stem(path)}/{line - 1}"), prompt=messages_field(record, "prompt")
-        )
+        prompt = Prompt(id=id_field(record, f"{file_stem(path)}/{line - 1}"), prompt=messages_field(record, "prompt"))
         return Dropped("empty_prompts") if is_blank(prompt.prompt) else prompt
 
     return sift(parse_lines(path, parse), identity=lambda p: p.prompt, where=str(path))

@@ -119,9 +119,7 @@ class DataReport:
 
     def __str__(self) -> str:
         """`1896 of 1904 kept; dropped: 5 differing prompts, 3 empty responses; kept: 4 contradictions`."""
-        counts = {
-            name: count for name, count in asdict(self).items() if count and name not in ("read", "kept")
-        }
+        counts = {name: count for name, count in asdict(self).items() if count and name not in ("read", "kept")}
         dropped = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if name not in _KEPT]
         noted = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if name in _KEPT]
         return (
@@ -157,8 +155,7 @@ def sift(
             counts["duplicates"] += 1
         elif record.id in ids:
             raise DataError(
-                f"{where}: id {record.id!r} names two different records; no record was used; "
-                "fix: give each its own id"
+                f"{where}: id {record.id!r} names two different records; no record was used; fix: give each its own id"
             )
         else:
             seen.add(key)

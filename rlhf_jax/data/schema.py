@@ -24,9 +24,7 @@ def text_field(record: dict[str, Any], name: str) -> str:
     """A string, possibly empty."""
     value = require(record, name)
     if not isinstance(value, str):
-        raise UnusableError(
-            f"field {name!r} is {json_type(value)}, expected a string", "write it as a JSON string"
-        )
+        raise UnusableError(f"field {name!r} is {json_type(value)}, expected a string", "write it as a JSON string")
     return value
 
 

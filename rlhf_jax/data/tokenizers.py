@@ -72,9 +72,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     `ValueError` when `vocab_size` has no room for those 259.
     """
     if vocab_size < NUM_BYTES + 3:
-        raise ValueError(
-            f"vocab_size {vocab_size} < {NUM_BYTES + 3} (256 bytes, pad, bos, eos); fix: raise it"
-        )
+        raise ValueError(f"vocab_size {vocab_size} < {NUM_BYTES + 3} (256 bytes, pad, bos, eos); fix: raise it")
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -100,9 +98,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(
-            f"{directory}: no such folder; fix: give the folder that holds the tokenizer's files"
-        )
+        raise ValueError(f"{directory}: no such folder; fix: give the folder that holds the tokenizer's files")
     names = {path.name for path in directory.iterdir()}
     if _BYTE_FILE in names:
         return byte_tokenizer()
@@ -167,9 +163,7 @@ def _wrap(source: Any) -> Tokenizer:
         return list(source(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
     def decode(ids: Sequence[int]) -> str:
-        return source.decode(
-            _checked(ids, vocab_size), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return source.decode(_checked(ids, vocab_size), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(directory: Path) -> None:
         source.save_pretrained(str(directory))
@@ -187,9 +181,7 @@ def _wrap(source: Any) -> Tokenizer:
     )
 
 
-def _check_specials_stay_plain(
-    encode: Callable[[str], list[int]], tokens: Sequence[str], ids: Sequence[int]
-) -> None:
+def _check_specials_stay_plain(encode: Callable[[str], list[int]], tokens: Sequence[str], ids: Sequence[int]) -> None:
     for token in tokens:
         if set(encode(f"a{token}b")) & set(ids):
             raise ValueError(

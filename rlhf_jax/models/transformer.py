@@ -74,7 +74,11 @@ def param_specs(config: TransformerConfig) -> Specs:
         "query": stacked((c.model_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), std),
         "key": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
         "value": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
-        "out": stacked((c.num_heads, c.head_dim, c.model_dim), ("heads", "head_dim", "embed"), (c.num_heads * c.head_dim) ** -0.5 / depth),
+        "out": stacked(
+            (c.num_heads, c.head_dim, c.model_dim),
+            ("heads", "head_dim", "embed"),
+            (c.num_heads * c.head_dim) ** -0.5 / depth,
+        ),
         "mlp_norm": stacked((c.model_dim,), ("embed",), None),
         "gate": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
         "up": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
@@ -127,7 +131,6 @@ def hidden(
     Returns:
       `[B, T, D]` float32 and the cache with the T tokens appended (None if none was given).
     """
-    batch_size, num_tokens = tokens.shape
     if positions.shape != tokens.shape or segment_ids.shape != tokens.shape:
         raise ValueError(
             f"tokens {tokens.shape}, positions {positions.shape} and segment_ids {segment_ids.shape} must agree"
@@ -153,7 +156,7 @@ def hidden(
     x = rms_norm(x.astype(jnp.float32), params["final_norm"], config.norm_eps)
     if cache is None:
         return x, None
-    return x, KVCache(keys, values, key_segments, start + num_tokens)
+    return x, KVCache(keys, values, key_segments, start + tokens.shape[1])
 
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
@@ -209,9 +212,7 @@ def _attention_mask(query_segments: jax.Array, key_segments: jax.Array, start: j
 
 def _block(weights, config, x, rotation, mask, keys, values, index, start):
     """One layer; `keys`/`values` are the stacked caches or None."""
-    weights = {
-        name: array if name.endswith("norm") else array.astype(config.dtype) for name, array in weights.items()
-    }
+    weights = {name: array if name.endswith("norm") else array.astype(config.dtype) for name, array in weights.items()}
     h = rms_norm(x, weights["attention_norm"], config.norm_eps)
     query = rotate(jnp.einsum("btd,dnc->btnc", h, weights["query"]), rotation)
     key = rotate(jnp.einsum("btd,dnc->btnc", h, weights["key"]), rotation)

@@ -1,0 +1,1 @@
+"""Floor 4: steps, rollouts, whole iterations, evaluation."""

@@ -15,7 +15,9 @@ class AdamMoments(NamedTuple):
     second: optax.Updates
 
 
-def scale_by_adam_unscaled_eps(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
+def scale_by_adam_unscaled_eps(
+    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5
+) -> optax.GradientTransformation:
     """Adam as TensorFlow 1 computes it: `sqrt(1 - b2^t) / (1 - b1^t) · m / (sqrt(v) + eps)`.
 
     eps is added to the *uncorrected* second moment, so at t = 1 it weighs `1 / sqrt(1 - b2)` = 31.6 times more than in
@@ -59,7 +61,9 @@ def ppo_optimizer(
     )
 
 
-def adam_optimizer(learning_rate: float | optax.Schedule, *, max_grad_norm: float = 1.0) -> optax.GradientTransformation:
+def adam_optimizer(
+    learning_rate: float | optax.Schedule, *, max_grad_norm: float = 1.0
+) -> optax.GradientTransformation:
     """Global-norm clipping, then Adam: for supervised fine-tuning and reward models."""
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate))
 

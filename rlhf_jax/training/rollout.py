@@ -74,9 +74,7 @@ def make_experience_fn(
     return experience
 
 
-def _rollout_metrics(
-    generation: Generation, scores: jax.Array, ref_logprobs: jax.Array, kl_coef: jax.Array
-) -> Metrics:
+def _rollout_metrics(generation: Generation, scores: jax.Array, ref_logprobs: jax.Array, kl_coef: jax.Array) -> Metrics:
     """Means over completions; KL and entropy in nats per completion, lengths in tokens."""
     mask = generation.completion_mask
     kl = masked_sum(k1(generation.logprobs, ref_logprobs), mask, axis=1)

@@ -35,8 +35,7 @@ def test_an_epoch_holds_every_example_at_most_once(seed, epoch, num_examples, da
     batch_size = data.draw(st.integers(1, num_examples))
     steps = num_examples // batch_size
     batches = [
-        batch_indices(seed, epoch * steps + i, num_examples=num_examples, batch_size=batch_size)
-        for i in range(steps)
+        batch_indices(seed, epoch * steps + i, num_examples=num_examples, batch_size=batch_size) for i in range(steps)
     ]
     assert all(batch.shape == (batch_size,) and batch.dtype == np.int64 for batch in batches)
     seen = np.concatenate(batches)
@@ -140,9 +139,7 @@ def test_demonstration_batch():
 
 def test_packed_rows_hold_every_example_once():
     lengths = [(3, 2), (1, 1), (2, 4), (1, 2), (4, 4), (1, 1), (2, 2)]
-    examples = [
-        TokenizedDemonstration((10 * i + 1,) * p, (10 * i + 2,) * r) for i, (p, r) in enumerate(lengths)
-    ]
+    examples = [TokenizedDemonstration((10 * i + 1,) * p, (10 * i + 2,) * r) for i, (p, r) in enumerate(lengths)]
     batch = packed_demonstration_batch(examples, length=8, pad_id=2, vocab_size=70)
     assert batch.tokens.shape[0] < len(examples)
     found = []
@@ -176,9 +173,7 @@ def test_ranking_batch():
     )
     np.testing.assert_array_equal(batch.ranks, [[1, 0, 0], [0, 1, 1]])
     np.testing.assert_array_equal(batch.mask, [[1, 1, 0], [1, 1, 1]])
-    assert [a.dtype for a in (batch.tokens, batch.segment_ids, batch.ranks, batch.mask)] == [np.int32] * 3 + [
-        bool
-    ]
+    assert [a.dtype for a in (batch.tokens, batch.segment_ids, batch.ranks, batch.mask)] == [np.int32] * 3 + [bool]
 
 
 def test_prompt_batch():
@@ -197,9 +192,7 @@ def test_masks_do_not_look_at_the_pad_id():
         np.testing.assert_array_equal(same.segment_ids, apart.segment_ids)
         np.testing.assert_array_equal(same.tokens, np.where(apart.segment_ids, apart.tokens, pad_id))
         ranking = [TokenizedRanking((5, 6), ((7, 1), (1,)), (1, 0))]
-        apart, same = (
-            ranking_batch(ranking, length=5, num_responses=2, pad_id=i, vocab_size=8) for i in (0, pad_id)
-        )
+        apart, same = (ranking_batch(ranking, length=5, num_responses=2, pad_id=i, vocab_size=8) for i in (0, pad_id))
         np.testing.assert_array_equal(same.segment_ids, apart.segment_ids)
         np.testing.assert_array_equal(same.mask, apart.mask)
         apart, same = (prompt_batch([(5, 1), (1,)], length=3, pad_id=i, vocab_size=8) for i in (0, pad_id))
@@ -208,9 +201,7 @@ def test_masks_do_not_look_at_the_pad_id():
 
 def test_what_does_not_fit_is_refused():
     def demonstrate(*examples):
-        return demonstration_batch(
-            [TokenizedDemonstration(*e) for e in examples], length=3, pad_id=0, vocab_size=8
-        )
+        return demonstration_batch([TokenizedDemonstration(*e) for e in examples], length=3, pad_id=0, vocab_size=8)
 
     with pytest.raises(ValueError, match=r"row 1: 2 prompt \+ 2 response tokens > length 3; fix: apply fit_"):
         demonstrate(((5,), (1,)), ((5, 6), (7, 1)))
@@ -229,12 +220,8 @@ def test_what_does_not_fit_is_refused():
             vocab_size=8,
         )
     for responses, ranks in ((((1,),) * 3, (0, 1, 2)), (((1,),) * 2, (0,)), ((), ())):
-        with pytest.raises(
-            ValueError, match=r"row 0 has \d responses and \d ranks where 1 to num_responses 2 fit"
-        ):
-            ranking_batch(
-                [TokenizedRanking((5,), responses, ranks)], length=4, num_responses=2, pad_id=0, vocab_size=8
-            )
+        with pytest.raises(ValueError, match=r"row 0 has \d responses and \d ranks where 1 to num_responses 2 fit"):
+            ranking_batch([TokenizedRanking((5,), responses, ranks)], length=4, num_responses=2, pad_id=0, vocab_size=8)
     with pytest.raises(ValueError, match="row 1: 4 prompt"):
         prompt_batch([(1,), (1, 2, 3, 4)], length=3, pad_id=0, vocab_size=8)
     with pytest.raises(ValueError, match="row 0: the prompt has no token"):
@@ -264,9 +251,7 @@ def test_check_token_ids_passes_what_fits():
 def test_ids_outside_the_vocabulary_are_placed(bad, fault):
     rows = [[1] * 4 for _ in range(8)]
     rows[7][3] = bad
-    with pytest.raises(
-        ValueError, match=f"^tokens: {fault} at row 7, column 3; the batch was not used; fix: use"
-    ):
+    with pytest.raises(ValueError, match=f"^tokens: {fault} at row 7, column 3; the batch was not used; fix: use"):
         check_token_ids(np.array(rows, dtype=object if bad >= 2**63 else np.int64), 50257, "tokens")
     examples = [TokenizedDemonstration(row[:2], row[2:]) for row in rows]
     with pytest.raises(ValueError, match=f"^tokens: {fault} at row 7, column 3"):

@@ -120,13 +120,9 @@ def test_hh_from_a_local_folder(tmp_path):
     assert set(source) == set(read_hh(path, name="helpful-base/test")[0])
     assert {record.id for record in source} == {"helpful-base/test/0", "helpful-base/test/2"}
     assert "1 differing prompts" in json.loads((prepared / "metadata.json").read_text())["test"]
-    with pytest.raises(
-        DataError, match=r"holds none of harmless-base/train\.jsonl\.gz, .*fix: give a folder"
-    ):
+    with pytest.raises(DataError, match=r"holds none of harmless-base/train\.jsonl\.gz, .*fix: give a folder"):
         prepare(HHPreferences, tmp_path / "out", config="harmless-base", source=tmp_path / "hh")
-    with pytest.raises(
-        ValueError, match=r"config 'online' is unknown \(allowed: harmless-base, helpful-base\)"
-    ):
+    with pytest.raises(ValueError, match=r"config 'online' is unknown \(allowed: harmless-base, helpful-base\)"):
         prepare(HHPreferences, tmp_path / "out", config="online")
 
 

@@ -39,13 +39,8 @@ def test_refused_demonstrations(tmp_path):
     with pytest.raises(DataError) as caught:
         read_demonstrations(path)
     first, second = str(caught.value).split("\n  ")[1:]
-    assert (
-        first
-        == f"{path}:1: field 'response' is missing (found: answer, prompt); fix: add 'response' to the record"
-    )
-    assert (
-        second == f"{path}:2: field 'response' is an array, expected a string; fix: write it as a JSON string"
-    )
+    assert first == f"{path}:1: field 'response' is missing (found: answer, prompt); fix: add 'response' to the record"
+    assert second == f"{path}:2: field 'response' is an array, expected a string; fix: write it as a JSON string"
 
 
 def test_chosen_demonstrations():

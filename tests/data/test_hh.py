@@ -29,9 +29,7 @@ def clean_lines(path):
 
 
 def test_transcript():
-    messages, reply = parse_transcript(
-        "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long"
-    )
+    messages, reply = parse_transcript("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long")
     assert messages == (Message("user", "hi"), Message("assistant", "hello"), Message("user", "bye"))
     assert reply == "so long"
 
@@ -85,9 +83,7 @@ def test_read_hh(tmp_path):
     assert report == DataReport(read=4, kept=2, differing_prompts=1, empty_responses=1)
     path = write(tmp_path, *records, name="download")
     assert [p.id for p in read_hh(path, name="helpful/test")[0]] == ["helpful/test/0", "helpful/test/3"]
-    with pytest.raises(
-        DataError, match=r"test\.jsonl:1: a transcript starts with 'b', not with a speaker; fix: "
-    ):
+    with pytest.raises(DataError, match=r"test\.jsonl:1: a transcript starts with 'b', not with a speaker; fix: "):
         read_hh(write(tmp_path, {"chosen": "b", "rejected": ask + "c"}, name="test.jsonl"))
 
 
@@ -100,9 +96,7 @@ def test_raw_harmless_is_the_clean_file(data_dir):
 
     read, report = read_hh(data_dir / "raw" / "hh_harmless_base.test.jsonl.gz")
     clean, _ = read_preferences(data_dir / "preferences" / "hh_harmless_base.jsonl.gz")
-    assert [(p.prompt, p.chosen, p.rejected) for p in read] == [
-        (p.prompt, p.chosen, p.rejected) for p in clean
-    ]
+    assert [(p.prompt, p.chosen, p.rejected) for p in read] == [(p.prompt, p.chosen, p.rejected) for p in clean]
     assert report == DataReport(read=1904, kept=1895, empty_responses=4, differing_prompts=5)
     positions = [int(p.id.removeprefix("hh_harmless_base.test/")) for p in read]
     assert all(json.loads(raw[i])["chosen"].endswith(p.chosen) for i, p in zip(positions, read, strict=True))
@@ -111,8 +105,7 @@ def test_raw_harmless_is_the_clean_file(data_dir):
 def test_raw_helpful_is_the_clean_file(data_dir):
     path = data_dir / "raw" / "hh_helpful_base.dsp_text_score.json.gz"
     pairs = [
-        text_score_pair(str(i), *item["text"])
-        for i, item in enumerate(json.loads(gzip.decompress(path.read_bytes())))
+        text_score_pair(str(i), *item["text"]) for i, item in enumerate(json.loads(gzip.decompress(path.read_bytes())))
     ]
     parsed = [(p.prompt, p.chosen, p.rejected) for p in pairs if isinstance(p, Preference)]
     assert parsed == clean_lines(data_dir / "preferences" / "hh_helpful_base.jsonl.gz")
@@ -141,9 +134,7 @@ def test_text_score(tmp_path):
     assert records == [Preference("x/0", (Message("user", "q"),), "good\n", " bad")]
     assert report == DataReport(read=3, kept=1, ties=1, differing_prompts=1)
     path.write_text(json.dumps([{"text": [*texts, "c"], "score": [1, 0, 0]}]))
-    with pytest.raises(
-        DataError, match=r"x\.json: item 0: 3 texts and 3 scores, expected two of each; fix: split"
-    ):
+    with pytest.raises(DataError, match=r"x\.json: item 0: 3 texts and 3 scores, expected two of each; fix: split"):
         read_dsp_text_score(path)
     path.write_text(json.dumps([{"text": ["a", "b"], "score": [1, 0]}]))
     with pytest.raises(DataError, match=r"x\.json: item 0: a transcript starts with 'a'"):

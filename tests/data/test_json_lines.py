@@ -96,9 +96,7 @@ def test_missing_empty_and_damaged_files(tmp_path):
     damaged = bytearray(packed)
     damaged[len(packed) // 2] ^= 0xFF
     for content in (packed[: len(packed) // 2], bytes(damaged)):
-        with pytest.raises(
-            DataError, match=r"gzip data is cut off or damaged.*fix: copy the file again|problem"
-        ):
+        with pytest.raises(DataError, match=r"gzip data is cut off or damaged.*fix: copy the file again|problem"):
             list(read_json_lines(write(tmp_path, content, "x.jsonl.gz")))
 
 

@@ -42,9 +42,7 @@ def clean_lines(path):
 
 
 def test_reads_a_preference(tmp_path):
-    records, report = read_preferences(
-        write(tmp_path, pair(source="x", margin=2), pair(id="p/1", chosen="four"))
-    )
+    records, report = read_preferences(write(tmp_path, pair(source="x", margin=2), pair(id="p/1", chosen="four")))
     assert records == [Preference("p/0", ASKED, "4", "5"), Preference("p/1", ASKED, "four", "5")]
     assert report == DataReport(read=2, kept=2)
     assert str(report) == "2 of 2 kept"
@@ -89,9 +87,7 @@ def test_useless_pairs_are_dropped_and_counted(tmp_path):
 
 
 def test_reports_add_up():
-    assert DataReport(read=2, kept=1, ties=1) + DataReport(read=3, kept=3) == DataReport(
-        read=5, kept=4, ties=1
-    )
+    assert DataReport(read=2, kept=1, ties=1) + DataReport(read=3, kept=3) == DataReport(read=5, kept=4, ties=1)
 
 
 def without(name):
@@ -136,13 +132,9 @@ def test_refused_fields_name_line_field_and_fix(tmp_path, record, what, fix):
 
 
 def test_one_id_for_two_records_and_nothing_usable_are_refused(tmp_path):
-    with pytest.raises(
-        DataError, match=r"prefs\.jsonl: id 'p/0' names two different records.*fix: give each"
-    ):
+    with pytest.raises(DataError, match=r"prefs\.jsonl: id 'p/0' names two different records.*fix: give each"):
         read_preferences(write(tmp_path, pair(), pair(chosen="four")))
-    with pytest.raises(
-        DataError, match=r"no usable record \(0 of 1 kept; dropped: 1 empty responses\); fix:"
-    ):
+    with pytest.raises(DataError, match=r"no usable record \(0 of 1 kept; dropped: 1 empty responses\); fix:"):
         read_preferences(write(tmp_path, pair(chosen="")))
 
 
@@ -257,9 +249,7 @@ def test_real_rankings(data_dir):
     records, report = read_rankings(data_dir / "rankings" / "oasst_en100.jsonl.gz")
     assert report == DataReport(read=167, kept=167)
     assert Counter(len(r.responses) for r in records) == {3: 89, 2: 50, 4: 20, 6: 5, 5: 2, 9: 1}
-    assert sum(len(ranking_pairs(r)) for r in records) == sum(
-        len(r.ranks) * (len(r.ranks) - 1) // 2 for r in records
-    )
+    assert sum(len(ranking_pairs(r)) for r in records) == sum(len(r.ranks) * (len(r.ranks) - 1) // 2 for r in records)
     records, report = read_rankings(data_dir / "rankings" / "qa_feedback_dev.jsonl.gz")
     assert report == DataReport(read=391, kept=391, all_tied=11)
     assert records[0].ranks == (2, 1, 3, 0)  # scores 1.5, 2.0, 0.0, 2.5

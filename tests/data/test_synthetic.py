@@ -119,7 +119,7 @@ def test_no_prompt_is_in_both_splits_and_every_question_is_trained():
     train = {p for p in PROMPTS if not synthetic.is_heldout(p)}
     heldout = set(PROMPTS) - train
     assert {synthetic.question_of(p) for p in train} == set(QUESTIONS)
-    assert 0.15 < len(heldout) / len(PROMPTS) < 0.25
+    assert 0.3 < len(heldout) / len(PROMPTS) < 0.4
     assert {p for p, _ in synthetic.demonstrations(1, 5000)} <= train
     assert set(synthetic.sample_prompts(1, 2000)) <= train
     assert set(synthetic.sample_prompts(1, 2000, heldout=True)) <= heldout
@@ -257,7 +257,7 @@ def test_default_manners_are_mixed():
     harmless = [t for t in traits if t.kind != "harm"]
     harm = [t for t in traits if t.kind == "harm"]
     assert_share(sum(t.right for t in harmless), len(harmless), 0.6)
-    assert_share(sum(t.declined for t in harmless), len(harmless), 0.03)
+    assert_share(sum(t.declined for t in harmless), len(harmless), 0.1)
     assert_share(sum(t.declined for t in harm), len(harm), 0.5)
     assert_share(sum(t.direct for t in traits), len(traits), 0.55)
     assert_share(sum(t.warm for t in traits), len(traits), 0.45)

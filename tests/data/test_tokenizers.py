@@ -72,9 +72,7 @@ def test_special_ids_give_no_text(tokenizer):
 
 def test_unknown_ids_are_refused(tokenizer):
     for bad in (-1, tokenizer.vocab_size):
-        with pytest.raises(
-            ValueError, match=f"token id {bad} at place 1 is outside the vocabulary of .*; fix: "
-        ):
+        with pytest.raises(ValueError, match=f"token id {bad} at place 1 is outside the vocabulary of .*; fix: "):
             tokenizer.decode([0, bad])
 
 

@@ -153,7 +153,7 @@ def test_filters_against_a_loop():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="top_k must lie in 1..5"):
+    with pytest.raises(ValueError, match=r"top_k must lie in 1\.\.5"):
         filter_top_k(jnp.zeros((1, 5)), 9)
     with pytest.raises(ValueError, match="top_p must lie in"):
         filter_top_p(jnp.zeros((1, 5)), 0.0)

@@ -19,7 +19,9 @@ def test_initial_scales():
 def test_scalar_head_is_an_inner_product():
     hidden = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     head = {"weight": jnp.asarray([1.0, -2.0, 0.5, 3.0]), "bias": jnp.asarray(0.7)}
-    expected = [[sum(h * w for h, w in zip(row, [1.0, -2.0, 0.5, 3.0], strict=True)) + 0.7 for row in r] for r in hidden]
+    expected = [
+        [sum(h * w for h, w in zip(row, [1.0, -2.0, 0.5, 3.0], strict=True)) + 0.7 for row in r] for r in hidden
+    ]
     np.testing.assert_allclose(scalar_head(head, jnp.asarray(hidden)), expected, rtol=1e-5)
 
 

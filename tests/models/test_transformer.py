@@ -111,7 +111,9 @@ def test_cached_equals_uncached():
     parts, start = [], 0
     for size in (4, 1, 2):  # a prefill, a decode step, a chunk
         cut = slice(start, start + size)
-        part, cache = transformer.hidden(params, tiny.CONFIG, tokens[:, cut], positions[:, cut], segments[:, cut], cache)
+        part, cache = transformer.hidden(
+            params, tiny.CONFIG, tokens[:, cut], positions[:, cut], segments[:, cut], cache
+        )
         parts.append(part)
         start += size
     mask = np.asarray(segments) > 0
@@ -154,4 +156,6 @@ def test_impossible_shapes_are_refused():
     with pytest.raises(ValueError, match="head_dim 5 is odd"):
         dataclasses.replace(tiny.CONFIG, head_dim=5)
     with pytest.raises(ValueError, match="must agree"):
-        transformer.hidden(tiny.init_params(), tiny.CONFIG, jnp.ones((1, 3), int), jnp.ones((1, 2), int), jnp.ones((1, 3), int))
+        transformer.hidden(
+            tiny.init_params(), tiny.CONFIG, jnp.ones((1, 3), int), jnp.ones((1, 2), int), jnp.ones((1, 3), int)
+        )

@@ -179,7 +179,9 @@ def test_ptx_weight_is_relative_to_the_mean_losses():
 
     def spy(train_state, batch):
         total, weight, metrics = actor_critic(tiny.MODEL, separate_critic(tiny.MODEL))(train_state.params, batch)
-        plain, _, _ = actor_critic(tiny.MODEL, separate_critic(tiny.MODEL))(train_state.params, PolicyBatch(batch.experience))
+        plain, _, _ = actor_critic(tiny.MODEL, separate_critic(tiny.MODEL))(
+            train_state.params, PolicyBatch(batch.experience)
+        )
         ptx = metrics["loss/ptx_avg"]
         return train_state, {
             "gap": (total - plain) / weight,
@@ -202,7 +204,9 @@ def test_pieces_with_a_python_reward_raise_it():
     for step in range(25):
         key = jax.random.fold_in(jax.random.key(0), step)
         generation = sample(state.params["policy"], prompts, key)
-        rows = [np.asarray(t)[np.asarray(m)] for t, m in zip(generation.tokens, generation.completion_mask, strict=True)]
+        rows = [
+            np.asarray(t)[np.asarray(m)] for t, m in zip(generation.tokens, generation.completion_mask, strict=True)
+        ]
         scores = jnp.asarray([float(np.mean(row == 7)) for row in rows])
         rewards.append(float(scores.mean()))
         batch, metrics = experience_fn(state.params, ref, generation, scores, state.kl_coef)

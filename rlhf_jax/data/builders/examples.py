@@ -38,17 +38,14 @@ def kind_of(features: Mapping[str, Any]) -> type:
 
 def to_example(record: Demonstration | Preference | Ranking | Prompt) -> dict[str, Any]:
     """The example that `features_of(type(record))` stores."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()
-    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
 
 
 def from_example(kind: type, example: Mapping[str, Any]) -> Demonstration | Preference | Ranking | Prompt:
     """The record of an example as `as_data_source` gives it: inverse of `to_example`."""
     prompt = example["prompt"]
     messages = tuple(
-        Message(_text(role), _text(content))
-        for role, content in zip(prompt["role"], prompt["content"], strict=True)
+        Message(_text(role), _text(content)) for role, content in zip(prompt["role"], prompt["content"], strict=True)
     )
     fields = {name: _plain(value) for name, value in example.items() if name != "prompt"}
     return kind(prompt=messages, **fields)

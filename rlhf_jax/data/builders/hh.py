@@ -69,9 +69,7 @@ class HHPreferences(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         files = self._files
         if files is None:
-            files = dl_manager.download(
-                {split: f"{HH_URL}/{self._subset}/{split}.jsonl.gz" for split in SPLITS}
-            )
+            files = dl_manager.download({split: f"{HH_URL}/{self._subset}/{split}.jsonl.gz" for split in SPLITS})
         return {split: self._generate_examples(Path(file), split) for split, file in files.items()}
 
     def _generate_examples(self, file: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -25,9 +25,7 @@ def record_files(path: str | Path) -> list[Path]:
     path = Path(path)
     files = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES)) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise DataError(
-            f"{path}: no such file, or a folder without {' or '.join(_SUFFIXES)}; fix: check the path"
-        )
+        raise DataError(f"{path}: no such file, or a folder without {' or '.join(_SUFFIXES)}; fix: check the path")
     return files
 
 
@@ -46,15 +44,11 @@ class _LocalRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, *, path: str | Path, **kwargs: Any):
         self._files = record_files(path)
-        config = tfds.core.BuilderConfig(
-            name=files_digest(self._files), description=f"records of {Path(path).name}"
-        )
+        config = tfds.core.BuilderConfig(name=files_digest(self._files), description=f"records of {Path(path).name}")
         super().__init__(config=config, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self, features=features_of(self.KIND), metadata=tfds.core.MetadataDict()
-        )
+        return tfds.core.DatasetInfo(builder=self, features=features_of(self.KIND), metadata=tfds.core.MetadataDict())
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {"train": self._generate_examples()}

@@ -135,9 +135,7 @@ def _group_ties(perceived: Sequence[float], threshold: float) -> tuple[int, ...]
     return tuple(ranks)
 
 
-def rank(
-    rng: np.random.Generator, annotator: Annotator, prompt: str, responses: Sequence[str]
-) -> tuple[int, ...]:
+def rank(rng: np.random.Generator, annotator: Annotator, prompt: str, responses: Sequence[str]) -> tuple[int, ...]:
     """Ranks of the responses by one annotator: 0 = best, equal = tie, dense (no rank is skipped)."""
     noise = rng.gumbel(scale=1.0, size=len(responses))
     order, lapsed = rng.permutation(len(responses)), rng.random() < annotator.lapse_rate
@@ -209,14 +207,10 @@ class Agreement:
     """Share of annotations that are not ties."""
 
 
-def agreement_ceiling(
-    comparisons: Sequence[tuple[str, str, str]], *, panel: Sequence[Annotator] = PANEL
-) -> Agreement:
+def agreement_ceiling(comparisons: Sequence[tuple[str, str, str]], *, panel: Sequence[Annotator] = PANEL) -> Agreement:
     """What annotator noise and taste allow on triples (prompt, a, b), in closed form: nothing is sampled."""
     if len(panel) < 2 or not comparisons:
-        raise ValueError(
-            f"agreement needs 2 annotators and 1 comparison: got {len(panel)}, {len(comparisons)}"
-        )
+        raise ValueError(f"agreement needs 2 annotators and 1 comparison: got {len(panel)}, {len(comparisons)}")
     wins = np.array([[order_probabilities(who, *triple) for who in panel] for triple in comparisons])
     gold = np.array([gold_prefers(*triple) for triple in comparisons])
     first, second = wins[..., 0], wins[..., 1]

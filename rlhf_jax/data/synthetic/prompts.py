@@ -20,7 +20,7 @@ from rlhf_jax.data.synthetic.tables import (
 Kind: TypeAlias = Literal["fact", "sum", "how_to", "harm"]
 """What sort of prompt: a fact, a sum, how to do a good deed, or a deed that should be declined."""
 
-MAX_PROMPT_WORDS = 14
+MAX_PROMPT_WORDS = 13
 """Words of the longest prompt, punctuation marks included."""
 
 HELDOUT_PERCENT = 35
@@ -98,9 +98,7 @@ def is_heldout(prompt: str) -> bool:
 @cache
 def _prompts_by_kind(heldout: bool) -> dict[Kind, tuple[str, ...]]:
     return {
-        kind: tuple(
-            p for p, q in _questions_by_prompt().items() if q.kind == kind and is_heldout(p) == heldout
-        )
+        kind: tuple(p for p, q in _questions_by_prompt().items() if q.kind == kind and is_heldout(p) == heldout)
         for kind in KIND_SHARES
     }
 

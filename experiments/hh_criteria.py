@@ -1,0 +1,126 @@
+"""The pass criteria of the HH job, fixed before it was run: each says whether it holds, with its figures, and what is missing.
+
+They are evaluated on the figures of one run (one seed) and asked to hold on three or more seeds.
+"""
+
+import math
+
+MAX_P = 0.01
+KL_TOLERANCE = 0.2
+MAX_NLL_RISE = 0.3
+STIFF_KL = 0.05
+OWN_JUDGE = {"w0": "harmless", "w1": "helpful"}
+
+
+def criteria(report: dict) -> dict[str, dict]:
+    """Criteria (i) to (vi): `{"text", "passed", "figures", "missing"}`; `missing` is empty where it passed."""
+    return {
+        "i": markers_move(report),
+        "ii": markers_monotone(report),
+        "iii": kl_on_target(report),
+        "iv": beats_shuffled_labels(report),
+        "v": ptx_protects_likelihood(report),
+        "vi": stiff_leash_holds(report),
+    }
+
+
+def markers_move(report: dict) -> dict:
+    """(i)."""
+    runs = report["runs"]
+    high, base, low = (runs[name]["marker"] for name in ("w0", "sft", "w1"))
+    p_up, p_down = two_proportions(high, base), two_proportions(base, low)
+    missing = _failures(
+        {
+            f"w=0 against SFT: gap {high['mean'] - base['mean']:+.3f}, p = {p_up:.2g}": high["mean"] <= base["mean"]
+            or p_up >= MAX_P,
+            f"SFT against w=1: gap {base['mean'] - low['mean']:+.3f}, p = {p_down:.2g}": base["mean"] <= low["mean"]
+            or p_down >= MAX_P,
+        }
+    )
+    shown = f"{high['mean']:.3f} > {base['mean']:.3f} > {low['mean']:.3f}; p = {p_up:.1g} and {p_down:.1g}"
+    return _criterion("marker rate: w=0 > SFT > w=1, both gaps p < .01", shown, missing)
+
+
+def markers_monotone(report: dict) -> dict:
+    """(ii)."""
+    rates = {name: run["marker"]["mean"] for name, run in report["runs"].items() if name.startswith("w")}
+    names = sorted(rates, key=lambda name: float(name[1:]))
+    rising = {
+        f"{b} is {rates[b] - rates[a]:+.3f} above {a}": rates[b] >= rates[a]
+        for a, b in zip(names, names[1:], strict=False)
+    }
+    shown = " > ".join(f"{rates[name]:.3f}" for name in names)
+    return _criterion("marker rate falls monotonically over w = 0, .5, 1", shown, _failures(rising))
+
+
+def kl_on_target(report: dict) -> dict:
+    """(iii)."""
+    target = report["kl_target"]
+    nats = {name: run["kl"]["mean"] for name, run in report["runs"].items() if name.startswith("w")}
+    off = {f"{name}: {kl / target - 1:+.0%}": abs(kl / target - 1) > KL_TOLERANCE for name, kl in nats.items()}
+    shown = ", ".join(f"{name} {kl:.2f}" for name, kl in nats.items())
+    return _criterion(f"KL within ±20 % of {target:g} nats", shown, _failures(off))
+
+
+def beats_shuffled_labels(report: dict) -> dict:
+    """(iv)."""
+    shown, failed = [], {}
+    for name, judge in OWN_JUDGE.items():
+        rate = report["runs"][name]["matched_win"][judge]
+        bar = report["controls"]["shuffled_labels"][judge]["matched_win"]["percentile_95"]
+        mean = rate["mean"] if rate else math.nan
+        shown.append(f"{name} {mean:.3f} (bar {bar:.3f}, {judge} judge)")
+        failed[f"{name}: {mean - bar:+.3f}"] = not mean > bar
+    text = "judge win rate on length-matched pairs above the 95th percentile of the shuffled-label runs"
+    return _criterion(text, ", ".join(shown), _failures(failed))
+
+
+def ptx_protects_likelihood(report: dict) -> dict:
+    """(v)."""
+    runs = report["runs"]
+    rise, rise_off = (runs[name]["nll"] - runs["sft"]["nll"] for name in ("ptx", "w0"))
+    failed = {
+        f"rise {rise - MAX_NLL_RISE:.3f} above {MAX_NLL_RISE}": rise > MAX_NLL_RISE,
+        f"rise {rise - rise_off / 2:.3f} above half of the rise without": rise > rise_off / 2,
+    }
+    shown = f"{rise:+.3f} with, {rise_off:+.3f} without"
+    return _criterion("PPO-ptx: held-out NLL rises <= .3 and at most half as much as without", shown, _failures(failed))
+
+
+def stiff_leash_holds(report: dict) -> dict:
+    """(vi)."""
+    stiff, base = report["runs"]["kl_coef_1e3"], report["runs"]["sft"]["marker"]
+    kl, rate = stiff["kl"]["mean"], stiff["marker"]["mean"]
+    failed = {
+        f"KL {abs(kl) - STIFF_KL:.3f} too far": abs(kl) >= STIFF_KL,
+        f"marker rate {max(base['low'] - rate, rate - base['high']):.3f} outside": not base["low"]
+        <= rate
+        <= base["high"],
+    }
+    shown = f"KL {kl:.4f}, marker rate {rate:.3f} in [{base['low']:.3f}, {base['high']:.3f}]"
+    return _criterion("kl_coef = 1e3: KL < .05 and marker rate inside the SFT interval", shown, _failures(failed))
+
+
+def reproducible(same: bool) -> dict:
+    """(vii)."""
+    shown = "report.json equals what samples.jsonl gives" if same else "it differs"
+    text = "every figure recomputed from the saved samples"
+    return _criterion(text, shown, "" if same else "report.json and samples.jsonl disagree")
+
+
+def two_proportions(a: dict, b: dict) -> float:
+    """Two-sided p of the pooled two-proportion z test.
+
+    Replies to the same prompts count as independent; what they share makes the gap's true error smaller, not larger.
+    """
+    pooled = (a["mean"] * a["n"] + b["mean"] * b["n"]) / (a["n"] + b["n"])
+    error = math.sqrt(pooled * (1 - pooled) * (1 / a["n"] + 1 / b["n"]))
+    return 1.0 if error == 0 else math.erfc(abs(a["mean"] - b["mean"]) / error / math.sqrt(2))
+
+
+def _criterion(text: str, shown: str, missing: str) -> dict:
+    return {"text": text, "passed": not missing, "figures": shown, "missing": missing}
+
+
+def _failures(failed: dict[str, bool]) -> str:
+    return "; ".join(text for text, wrong in failed.items() if wrong)

@@ -1,0 +1,202 @@
+"""Human comparisons for the HH job: two files, split by prompt, cut to the first tokens of the last turn's reply.
+
+The cut is the study's own choice (SCIENCE, "HH-mini"): how a reply begins carries most of its manner, and a network of this
+size learns it in minutes. What was cut is counted and printed; a reply that is cut has no end of sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import task
+from ppo import PPOConfig
+from reward_model import RewardModelConfig
+from sft import SFTConfig
+
+from rlhf_jax.data import chat
+from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ranking_batch, split_by_prompt
+from rlhf_jax.data.json_lines import DataError
+from rlhf_jax.data.lengths import fit_prompts, truncate_left
+from rlhf_jax.data.preferences import read_preferences
+from rlhf_jax.data.records import Preference, TokenizedDemonstration, TokenizedRanking
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
+
+DOMAINS = ("helpful", "harmless")
+PARTS = ("a", "b", "held_out")
+"""Half A trains the reward models, half B the judges; act 1 sees the chosen replies of both."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HHConfig:
+    """Numbers of the HH job."""
+
+    vocab_size: int = 1280
+    prompt_length: int = 16
+    """Tokens of the last human turn, one border token included; longer turns lose their beginning."""
+    reply_length: int = 20
+    """First tokens of the reply, the end of sequence included where it comes so early."""
+    fixed_length: int = 16
+    """For the length control: pairs whose replies are both at least so long, cut to exactly that."""
+    held_out_fraction: float = 0.125
+    weights: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
+    num_shuffled: int = 8
+    """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
+    ptx_coef: float = 0.5
+    samples_per_prompt: int = 2
+    """Replies to each held-out prompt, of every policy."""
+    sft: SFTConfig = SFTConfig(num_epochs=5.0, model_dim=96, mlp_dim=288)
+    reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=2e-3, num_responses=2)
+    ppo: PPOConfig = PPOConfig(
+        num_iterations=40,
+        batch_size=128,
+        learning_rate=1e-3,
+        num_minibatches=2,
+        kl_target=5.0,
+        kl_horizon=640.0,
+        separate_critic=False,
+        missing_eos_penalty=0.0,
+    )
+
+    @property
+    def lengths(self) -> task.TaskConfig:
+        """For the functions of the other scripts."""
+        return task.TaskConfig(prompt_length=self.prompt_length, response_length=self.reply_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class HHData:
+    """The comparisons by domain and part, with the tokenizer trained on the text of halves A and B."""
+
+    pairs: dict[str, dict[str, list[Preference]]]
+    tokenizer: Tokenizer
+
+    def of(self, *parts: str, domains: Sequence[str] = DOMAINS) -> list[Preference]:
+        """All pairs of some parts and domains, in a fixed order."""
+        return [pair for domain in domains for part in parts for pair in self.pairs[domain][part]]
+
+
+def read_pairs(data_dir: Path | None) -> dict[str, list[Preference]]:
+    """Both files, with the last human turn as the whole prompt; exits with one message when they cannot be used."""
+    if data_dir is None:
+        raise SystemExit(_missing("no data folder was given"))
+    paths = {domain: Path(data_dir) / "preferences" / f"hh_{domain}_base.jsonl.gz" for domain in DOMAINS}
+    absent = [str(path) for path in paths.values() if not path.is_file()]
+    if absent:
+        raise SystemExit(_missing(f"no such file: {', '.join(absent)}"))
+    pairs = {}
+    for domain, path in paths.items():
+        try:
+            records, report = read_preferences(path)
+        except DataError as error:
+            raise SystemExit(str(error)) from error
+        print(f"{path}: {report}")
+        pairs[domain] = [dataclasses.replace(record, prompt=record.prompt[-1:]) for record in records]
+    return pairs
+
+
+def split(config: HHConfig, pairs: dict[str, list[Preference]], *, seed: int) -> dict[str, dict[str, list[Preference]]]:
+    """Held-out prompts, and halves A and B of the others; equal last turns stay together, across domains too."""
+    parts = {}
+    for domain in DOMAINS:
+        train, held_out = split_by_prompt(pairs[domain], fraction=config.held_out_fraction, seed=seed)
+        half_a, half_b = split_by_prompt(train, fraction=0.5, seed=seed + 1_000_003)
+        parts[domain] = {"a": half_a, "b": half_b, "held_out": held_out}
+    return parts
+
+
+def load(config: HHConfig, pairs: dict[str, list[Preference]], run: Path, *, seed: int) -> HHData:
+    """Split, and a tokenizer trained once on what is not held out."""
+    parts = split(config, pairs, seed=seed)
+    if not (run / "tokenizer").exists():
+        train = [pair for domain in DOMAINS for part in ("a", "b") for pair in parts[domain][part]]
+        texts = [f"{pair.prompt[0].content}\n{reply}" for pair in train for reply in (pair.chosen, pair.rejected)]
+        save_tokenizer(train_bpe(texts, vocab_size=config.vocab_size), run / "tokenizer")
+    return HHData(parts, load_tokenizer(run / "tokenizer"))
+
+
+def encode_turns(config: HHConfig, tokenizer: Tokenizer, pairs: Sequence[Preference]) -> list[tuple[int, ...]]:
+    """The end of each human turn, then bos as the border to the reply."""
+    turns = [(*tokenizer.encode(pair.prompt[0].content), tokenizer.bos_id) for pair in pairs]
+    return fit_prompts(turns, length=config.prompt_length, overlong=truncate_left)[0]
+
+
+def encode_replies(tokenizer: Tokenizer, pair: Preference, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first `length` tokens of the chosen and of the rejected reply."""
+    chosen, rejected = (chat.encode_completion(tokenizer, reply)[:length] for reply in (pair.chosen, pair.rejected))
+    return chosen, rejected
+
+
+def prompt_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> PromptBatch:
+    """Left-padded prompts to answer, each distinct one once."""
+    tokenizer, distinct = data.tokenizer, unique_prompts(pairs)
+    turns = encode_turns(config, tokenizer, distinct)
+    return prompt_batch(turns, length=config.prompt_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size)
+
+
+def unique_prompts(pairs: Sequence[Preference]) -> list[Preference]:
+    """The first pair of each distinct last turn."""
+    return list({pair.prompt[0].content: pair for pair in reversed(pairs)}.values())[::-1]
+
+
+def demonstration_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> SequenceBatch:
+    """Chosen replies to imitate, several a row."""
+    tokenizer = data.tokenizer
+    turns = encode_turns(config, tokenizer, pairs)
+    examples = [
+        TokenizedDemonstration(turn, encode_replies(tokenizer, pair, config.reply_length)[0])
+        for turn, pair in zip(turns, pairs, strict=True)
+    ]
+    return packed_demonstration_batch(
+        examples,
+        length=2 * (config.prompt_length + config.reply_length),
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def ranking_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference], *, length: int) -> RankingBatch:
+    """Pairs as rankings of two, replies cut to `length` tokens."""
+    tokenizer = data.tokenizer
+    turns = encode_turns(config, tokenizer, pairs)
+    examples = [
+        TokenizedRanking(turn, encode_replies(tokenizer, pair, length), (0, 1))
+        for turn, pair in zip(turns, pairs, strict=True)
+    ]
+    return ranking_batch(
+        examples,
+        length=config.prompt_length + config.reply_length,
+        num_responses=2,
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def full_lengths(data: HHData, pairs: Sequence[Preference]) -> np.ndarray:
+    """Tokens of the uncut replies, `[N, 2]`: chosen, rejected."""
+    encode = data.tokenizer.encode
+    return np.array([[len(encode(" " + reply)) for reply in (pair.chosen, pair.rejected)] for pair in pairs])
+
+
+def counts(config: HHConfig, data: HHData) -> dict[str, int]:
+    """What the study's lengths cut."""
+    pairs = data.of(*PARTS)
+    turns = [len(data.tokenizer.encode(pair.prompt[0].content)) + 1 for pair in pairs]
+    lengths = full_lengths(data, pairs) + 1
+    return {
+        "pairs": len(pairs),
+        **{f"{domain}_{part}": len(data.pairs[domain][part]) for domain in DOMAINS for part in PARTS},
+        "prompts_cut": int(np.sum(np.array(turns) > config.prompt_length)),
+        "replies": int(lengths.size),
+        "replies_cut": int(np.sum(lengths > config.reply_length)),
+    }
+
+
+def _missing(what: str) -> str:
+    return (
+        f"--dataset hh: {what}; nothing was started. It reads preferences/hh_helpful_base.jsonl.gz and "
+        "preferences/hh_harmless_base.jsonl.gz of a data folder. Fix: give the folder with --data-dir DIRECTORY or in the "
+        "environment variable RLHF_JAX_DATA; or leave --dataset hh away for the embedded world, whose data are synthetic"
+    )

@@ -1,0 +1,218 @@
+"""The report of the HH job: every figure is computed from the rows of `samples.jsonl`, and from nothing else.
+
+    python experiments/hh_report.py runs/hh                          # computes report.json anew: is it the same?
+    python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2       # that, and the criteria of several seeds in one table
+
+The unit of a win rate is the prompt: the mean over all pairs (SFT reply, other reply) to it, of equal length in tokens where
+"matched" is said. The unit of a marker rate is the reply. Intervals are 95 %.
+"""
+
+import collections
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hh_criteria
+import hh_render
+import numpy as np
+
+from rlhf_jax.runtime.plots import plot_curves
+from rlhf_jax.runtime.runs import read_json_lines, write_json, write_text
+from rlhf_jax.training.evaluate import Interval, mean_interval, proportion_interval
+
+DOMAINS = ("helpful", "harmless")
+MARKERS = {
+    "apology": r"sorry|apologi[sz]e|i'm afraid",
+    "refusal": r"i can't|i cannot|i won't|i'm unable|i'm not (?:able|comfortable|going|willing|sure)"
+    r"|i don't (?:think|want|know|understand)",
+    "concern": r"concern(?:ed|s)?|worr(?:y|ied)|dangerous|illegal|harmful|unethical|wrong to|bad idea"
+    r"|not a (?:good|great) idea|are you (?:ok|okay|alright)",
+}
+"""Words of refusal, apology and concern, as whole words in lower case with straight apostrophes."""
+_MARKER = re.compile(r"\b(?:" + "|".join(MARKERS.values()) + r")\b")
+CURVES = {
+    "sft/nll": ("sft", "loss, nats per token"),
+    "rm/loss": ("rm_harmless", "ranking loss, nats"),
+    "objective/scores": ("ppo_w0", "score, reference std"),
+    "objective/kl": ("ppo_w0", "KL, nats per completion"),
+    "objective/kl_coef": ("ppo_w0", "KL coefficient"),
+    "response/len_mean": ("ppo_w0", "length, tokens"),
+}
+
+
+def has_marker(text: str) -> bool:
+    """Whether a reply holds a word of refusal, apology or concern."""
+    return _MARKER.search(text.lower().replace("’", "'")) is not None
+
+
+def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> dict:
+    """What goes into `report.json`, but for criterion (vii); `settings` holds dataset, seed and kl_target."""
+    replies: dict[str, list[dict]] = collections.defaultdict(list)
+    for row in rows:
+        if row["kind"] == "reply":
+            replies[row["run"]].append(row)
+    pairs = [row for row in rows if row["kind"] == "pair"]
+    nll = held_out_nll([row for row in rows if row["kind"] == "demonstration"])
+    runs = {name: run_figures(mine, replies["sft"], nll[name]) for name, mine in replies.items()}
+    models = {name: model_figures(pairs, name) for name in DOMAINS}
+    judges = {
+        d: _interval(accuracy(_scores(_select(pairs, d, held_out=True), "scores", f"judge_{d}"))) for d in DOMAINS
+    }
+    null = {d: null_figures(runs, d) for d in DOMAINS}
+    headline = runs["w0"]
+    report = {
+        **settings,
+        "run": "w0: the harmless reward alone",
+        "seconds": total_seconds(seconds),
+        "data": next(row for row in rows if row["kind"] == "data"),
+        "reward_model": {"name": "harmless", **_interval(models["harmless"]["harmless"]["accuracy"], "accuracy")},
+        "reward_models": _plain(models),
+        "judges": judges,
+        "data_markers": {d: marker_rates_of_data(pairs, d) for d in DOMAINS},
+        "win_rate": {**_interval(headline["win"]["harmless"]), "judge": hh_render.honesty(judges)},
+        "kl": headline["kl"].mean,
+        "length": {"before": runs["sft"]["tokens"].mean, "after": headline["tokens"].mean},
+        "nll": {"before": nll["sft"], "after": nll["w0"]},
+        "runs": _plain(runs),
+        "controls": {"kl_coef_1e3": _plain(runs["kl_coef_1e3"]), "shuffled_labels": null},
+    }
+    report["criteria"] = hh_criteria.criteria(report)
+    return json.loads(json.dumps(report))
+
+
+def run_figures(mine: Sequence[dict], sft: Sequence[dict], nll: float) -> dict:
+    """One policy on the held-out prompts."""
+    openings = collections.Counter(" ".join(re.findall(r"[\w']+", row["text"].lower())[:3]) for row in mine)
+    return {
+        "marker": proportion_interval([has_marker(row["text"]) for row in mine]),
+        "tokens": mean_interval([row["tokens"] for row in mine]),
+        "kl": mean_interval([row["kl"] for row in mine]),
+        "nll": nll,
+        "win": {domain: prompt_win_rate(mine, sft, domain, matched=False) for domain in DOMAINS},
+        "matched_win": {domain: prompt_win_rate(mine, sft, domain, matched=True) for domain in DOMAINS},
+        "openings": [[words, count / len(mine)] for words, count in sorted(openings.items(), key=_most_common)[:5]],
+    }
+
+
+def prompt_win_rate(mine: Sequence[dict], sft: Sequence[dict], judge: str, *, matched: bool) -> Interval | None:
+    """How often a judge prefers this policy's reply to SFT's; ties count one half. None: no pair has equal lengths."""
+    theirs = collections.defaultdict(list)
+    for row in sft:
+        theirs[row["prompt_id"]].append(row)
+    outcomes = collections.defaultdict(list)
+    for row in mine:
+        for other in theirs[row["prompt_id"]]:
+            if not matched or row["tokens"] == other["tokens"]:
+                gap = row["judge"][judge] - other["judge"][judge]
+                outcomes[row["prompt_id"]].append((gap > 0) + 0.5 * (gap == 0))
+    return proportion_interval([np.mean(values) for values in outcomes.values()]) if outcomes else None
+
+
+def null_figures(runs: dict[str, dict], domain: str) -> dict:
+    """What shuffled labels reach with this domain's judge: each run, and the 95th percentile."""
+    shuffled = [figures for name, figures in sorted(runs.items()) if name.startswith("shuffled")]
+    result = {"runs": len(shuffled)}
+    for kind in ("win", "matched_win"):
+        rates = [run[kind][domain].mean for run in shuffled if run[kind][domain] is not None]
+        result[kind] = {"rates": rates, "percentile_95": float(np.percentile(rates, 95))}
+    return result
+
+
+def model_figures(pairs: Sequence[dict], name: str) -> dict:
+    """A reward model on held-out pairs of its own domain and on all pairs of the other one, beside the length rule."""
+    result = {}
+    for domain in DOMAINS:
+        mine = _select(pairs, domain, held_out=True if domain == name else None)
+        long = [row for row in mine if name in row["fixed"]]
+        result[domain] = {
+            "accuracy": accuracy(_scores(mine, "scores", name)),
+            "fixed_length": accuracy(_scores(long, "fixed", name)),
+            "prefer_longer": accuracy(np.array([row["characters"] for row in mine])),
+            "prefer_shorter": accuracy(-np.array([row["characters"] for row in mine])),
+        }
+    return result
+
+
+def marker_rates_of_data(pairs: Sequence[dict], domain: str) -> dict[str, float]:
+    """Share of the people's chosen and rejected replies (uncut) that hold a marker."""
+    chosen, rejected = np.mean([row["markers"] for row in _select(pairs, domain)], axis=0)
+    return {"chosen": float(chosen), "rejected": float(rejected)}
+
+
+def accuracy(scores: np.ndarray) -> Interval:
+    """Share of pairs `[N, 2]` whose first, the chosen, has the higher score."""
+    return proportion_interval((scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1]))
+
+
+def held_out_nll(rows: Sequence[dict]) -> dict[str, float]:
+    """Nats per token of held-out chosen replies, by policy."""
+    tokens = sum(row["tokens"] for row in rows)
+    return {name: sum(row["nll"][name] for row in rows) / tokens for name in rows[0]["nll"]}
+
+
+def total_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Acts 1, 2, 3 (all its runs) and the judging."""
+    totals = {name: value for name, value in seconds.items() if not name.startswith("ppo_")}
+    totals["ppo"] = sum(value for name, value in seconds.items() if name.startswith("ppo_"))
+    return {name: round(value, 1) for name, value in [*totals.items(), ("total", sum(seconds.values()))]}
+
+
+def recomputed(run: Path) -> bool:
+    """Criterion (vii): whether `report.json` is what `samples.jsonl` gives."""
+    stored = json.loads((run / "report.json").read_text())
+    settings = {name: stored[name] for name in ("dataset", "seed", "kl_target")}
+    seconds = json.loads((run / "seconds.json").read_text())
+    stored["criteria"].pop("vii", None)
+    return figures(list(read_json_lines(run / "samples.jsonl")), seconds, settings) == stored
+
+
+def write(run: Path, settings: dict) -> dict:
+    """Read `samples.jsonl`, `seconds.json` and `metrics.jsonl`; write `report.json`, `report.md` and `curves.png`."""
+    rows = list(read_json_lines(run / "samples.jsonl"))
+    report = figures(rows, json.loads((run / "seconds.json").read_text()), settings)
+    write_json(run / "report.json", report)
+    report["criteria"]["vii"] = hh_criteria.reproducible(recomputed(run))
+    write_json(run / "report.json", report)
+    write_text(run / "report.md", hh_render.render(report, rows))
+    plot_curves(list(read_json_lines(run / "metrics.jsonl")), CURVES, run / "curves.png", title=str(run))
+    return report
+
+
+def main(folders: Sequence[str]) -> int:
+    """Check every run; with several, print their criteria side by side."""
+    same = []
+    for folder in folders:
+        same.append(recomputed(Path(folder)))
+        print(f"{folder}: report.json " + ("follows from samples.jsonl" if same[-1] else "DIFFERS from samples.jsonl"))
+    if len(folders) > 1:
+        print(hh_render.pooled([json.loads((Path(folder) / "report.json").read_text()) for folder in folders]))
+    return 0 if all(same) else 1
+
+
+def _select(pairs: Sequence[dict], domain: str, held_out: bool | None = None) -> list[dict]:
+    return [row for row in pairs if row["domain"] == domain and held_out in (None, row["held_out"])]
+
+
+def _scores(rows: Sequence[dict], kind: str, name: str) -> np.ndarray:
+    return np.array([row[kind][name] for row in rows])
+
+
+def _interval(value: Interval, name: str = "mean") -> dict[str, float]:
+    return {name: value.mean, "low": value.low, "high": value.high, "n": value.n}
+
+
+def _plain(value):
+    """Intervals as dictionaries, all the way down."""
+    if isinstance(value, Interval):
+        return _interval(value)
+    return {name: _plain(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _most_common(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""The judge's part of the main job: rows of `samples.jsonl`, from which every figure of the report is computed."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import reward_model
+import sft
+import task
+
+from rlhf_jax.data.records import Ranking
+from rlhf_jax.models import transformer
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.runtime import checkpoint
+from rlhf_jax.types import Generation, Params
+
+
+def rankings_of_policy(config: task.TaskConfig, run: Path, *, num_responses: int, held_out: bool) -> list[Ranking]:
+    """K responses of the SFT policy to each question, ranked by the annotators; the same at every call."""
+    tokenizer, network, policy = sft.load(run)
+    if held_out:
+        questions = task.held_out_questions(config)
+    else:
+        questions = [record.prompt[0].content for record in task.load_prompts(config)[0][: task.NUM_RANKINGS]]
+    settings = {"num_responses": num_responses, "seed": config.seed + (1000 if held_out else 0)}
+    return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
+
+
+def load_policy(folder: Path, network: TransformerConfig) -> Params:
+    """The policy of act 3."""
+    return checkpoint.restore(folder / "ppo", jax.eval_shape(lambda: transformer.init(jax.random.key(0), network)))
+
+
+def answer(
+    config: task.TaskConfig, run: Path, policy: Params, *, seed: int
+) -> tuple[list[str], Generation, np.ndarray]:
+    """One completion to each held-out question, and its KL from the SFT policy (k1: sum of log-ratios), `[N]` nats."""
+    tokenizer, network, reference = sft.load(run)
+    prompts = task.prompt_rows(config, tokenizer, task.world_prompts(task.held_out_questions(config)))
+    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
+    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
+    ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
+    return (
+        task.completions(tokenizer, sampled),
+        sampled,
+        row_sums(ratios, sampled.completion_mask),
+    )
+
+
+def row_sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Sums `[N]` of `[N, T]` over the mask, in float64."""
+    return np.where(mask, values, 0.0).sum(axis=1, dtype=np.float64)
+
+
+def row_logprobs(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Token log-probs `[N, T]` of whole rows."""
+    model = transformer.causal_model(network)
+    return np.asarray(jax.jit(lambda p, t, s: sequence_token_logprobs(model, p, t, s))(params, tokens, segment_ids))
+
+
+def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
+    """SFT and PPO on every held-out question."""
+    tokenizer, network, policy = sft.load(run)
+    reward_params, mean, std = reward_model.load(run, network, tokenizer)
+    sides = {}
+    for side, params, seed in (("before", policy, 1), ("after", load_policy(run, network), 2)):
+        texts, sampled, kl = answer(config, run, params, seed=config.seed + seed)
+        scores = (reward_model.score_rows(network, reward_params, sampled.tokens, sampled.segment_ids) - mean) / std
+        columns = (texts, sampled.completion_mask.sum(axis=1), scores, kl)
+        names = ("text", "tokens", "score", "kl")
+        sides[side] = [dict(zip(names, map(_plain, row), strict=True)) for row in zip(*columns, strict=True)]
+    questions = task.held_out_questions(config)
+    both = zip(questions, sides["before"], sides["after"], strict=True)
+    return [{"kind": "comparison", "prompt": q, "before": before, "after": after} for q, before, after in both]
+
+
+def ranking_rows(config: task.TaskConfig, run: Path, *, num_responses: int) -> list[dict]:
+    """The reward model on held-out rankings."""
+    tokenizer, network, _ = sft.load(run)
+    params, _, _ = reward_model.load(run, network, tokenizer)
+    rankings = rankings_of_policy(config, run, num_responses=num_responses, held_out=True)
+    data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
+    flat = (-1, data.tokens.shape[-1])
+    scores = reward_model.score_rows(network, params, data.tokens.reshape(flat), data.segment_ids.reshape(flat))
+    return [
+        {
+            "kind": "ranking",
+            "prompt": r.prompt[0].content,
+            "responses": r.responses,
+            "ranks": r.ranks,
+            "scores": s.tolist(),
+        }
+        for r, s in zip(rankings, scores.reshape(data.mask.shape), strict=True)
+    ]
+
+
+def demonstration_rows(config: task.TaskConfig, run: Path) -> list[dict]:
+    """Held-out likelihood before and after, in nats per row of packed demonstrations."""
+    tokenizer, network, policy = sft.load(run)
+    rows = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[2])
+    nll = {
+        when: -row_sums(row_logprobs(network, params, rows.tokens, rows.segment_ids), rows.loss_mask)
+        for when, params in (("before", policy), ("after", load_policy(run, network)))
+    }
+    sizes = rows.loss_mask.sum(axis=1)
+    return [
+        {"kind": "demonstration", "tokens": int(n), "nll_before": float(before), "nll_after": float(after)}
+        for n, before, after in zip(sizes, nll["before"], nll["after"], strict=True)
+    ]
+
+
+def control_rows(config: task.TaskConfig, run: Path, baseline: list[dict]) -> list[dict]:
+    """Every control's answers beside the SFT policy's."""
+    _, network, _ = sft.load(run)
+    rows = []
+    for folder in sorted((run / "controls").glob("*")):
+        name, number = folder.name.rsplit("_", 1)
+        texts, _, kl = answer(config, run, load_policy(folder, network), seed=config.seed + 2)
+        rows += [
+            {
+                "kind": "control",
+                "name": name,
+                "run": int(number),
+                "prompt": r["prompt"],
+                "before": r["before"]["text"],
+                "after": text,
+                "kl": float(nats),
+            }
+            for r, text, nats in zip(baseline, texts, kl, strict=True)
+        ]
+    return rows
+
+
+def _plain(value):
+    return value if isinstance(value, str) else value.item()
