@@ -4,11 +4,11 @@
     python experiments/hh_report.py runs/hh                                         # computes every figure anew
     python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2                      # the criteria of several seeds
 
-(1) supervised fine-tuning on chosen replies, (2) a helpful and a harmless reward model on half of the comparisons, and two
-judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)`, and what must fail or hold beside it: reward
-models that learned shuffled labels, a stiff leash, PPO-ptx. Deviations from the paper: networks of 0.2 million parameters from
-random weights, the last human turn as prompt, the first tokens of the reply (see `hh_data.py`). The numbers are in
-`hh_data.HHConfig`; the acts in `hh_acts.py`; what is said about them in `hh_report.py`.
+(1) supervised fine-tuning on chosen replies, (2) a helpful and a harmless reward model on half of the comparisons,
+and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)`, and what must hold or fail
+beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations from the paper: networks of
+0.2 million parameters from random weights, the last human turn as prompt, the first tokens of the reply. The numbers
+and the data are in `hh_data.py`, the acts in `hh_acts.py`, what is said about them in `hh_report.py`.
 """
 
 import json
@@ -166,15 +166,9 @@ def judge(job: Job, data: HHData) -> None:
 
 def check_settings(config) -> None:
     """Refuse numbers of the embedded world's acts, which would have no effect here."""
-    wrong = [
-        name
-        for name, default in (
-            ("sft", sft.SFTConfig()),
-            ("reward", reward_model.RewardModelConfig()),
-            ("ppo", ppo.PPOConfig()),
-        )
-        if getattr(config, name) != default
-    ]
+    given = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
+    unchanged = {"sft": sft.SFTConfig(), "reward": reward_model.RewardModelConfig(), "ppo": ppo.PPOConfig()}
+    wrong = [name for name, value in given.items() if value != unchanged[name]]
     if wrong:
         raise SystemExit(
             f"--dataset hh has its own numbers, and {', '.join(wrong)} would have no effect; nothing was started. "

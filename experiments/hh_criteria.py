@@ -3,6 +3,7 @@
 They are evaluated on the figures of one run (one seed) and asked to hold on three or more seeds.
 """
 
+import itertools
 import math
 
 MAX_P = 0.01
@@ -29,12 +30,11 @@ def markers_move(report: dict) -> dict:
     runs = report["runs"]
     high, base, low = (runs[name]["marker"] for name in ("w0", "sft", "w1"))
     p_up, p_down = two_proportions(high, base), two_proportions(base, low)
+    up, down = high["mean"] - base["mean"], base["mean"] - low["mean"]
     missing = _failures(
         {
-            f"w=0 against SFT: gap {high['mean'] - base['mean']:+.3f}, p = {p_up:.2g}": high["mean"] <= base["mean"]
-            or p_up >= MAX_P,
-            f"SFT against w=1: gap {base['mean'] - low['mean']:+.3f}, p = {p_down:.2g}": base["mean"] <= low["mean"]
-            or p_down >= MAX_P,
+            f"w=0 above SFT by {up:+.3f}, p = {p_up:.2g}": up <= 0 or p_up >= MAX_P,
+            f"SFT above w=1 by {down:+.3f}, p = {p_down:.2g}": down <= 0 or p_down >= MAX_P,
         }
     )
     shown = f"{high['mean']:.3f} > {base['mean']:.3f} > {low['mean']:.3f}; p = {p_up:.1g} and {p_down:.1g}"
@@ -45,10 +45,8 @@ def markers_monotone(report: dict) -> dict:
     """(ii)."""
     rates = {name: run["marker"]["mean"] for name, run in report["runs"].items() if name.startswith("w")}
     names = sorted(rates, key=lambda name: float(name[1:]))
-    rising = {
-        f"{b} is {rates[b] - rates[a]:+.3f} above {a}": rates[b] >= rates[a]
-        for a, b in zip(names, names[1:], strict=False)
-    }
+    steps = itertools.pairwise(names)
+    rising = {f"{b} is {rates[b] - rates[a]:+.3f} above {a}": rates[b] >= rates[a] for a, b in steps}
     shown = " > ".join(f"{rates[name]:.3f}" for name in names)
     return _criterion("marker rate falls monotonically over w = 0, .5, 1", shown, _failures(rising))
 
@@ -91,6 +89,7 @@ def stiff_leash_holds(report: dict) -> dict:
     """(vi)."""
     stiff, base = report["runs"]["kl_coef_1e3"], report["runs"]["sft"]["marker"]
     kl, rate = stiff["kl"]["mean"], stiff["marker"]["mean"]
+    outside = max(base["low"] - rate, rate - base["high"])
     failed = {
         f"KL {abs(kl) - STIFF_KL:.3f} too far": abs(kl) >= STIFF_KL,
         f"marker rate {max(base['low'] - rate, rate - base['high']):.3f} outside": not base["low"]

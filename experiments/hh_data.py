@@ -47,7 +47,7 @@ class HHConfig:
     ptx_coef: float = 0.5
     samples_per_prompt: int = 2
     """Replies to each held-out prompt, of every policy."""
-    sft: SFTConfig = SFTConfig(num_epochs=5.0, model_dim=96, mlp_dim=288)
+    sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, mlp_dim=288)
     reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=2e-3, num_responses=2)
     ppo: PPOConfig = PPOConfig(
         num_iterations=40,

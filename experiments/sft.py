@@ -38,10 +38,10 @@ class SFTConfig:
     batch_size: int = 32
     learning_rate: float = 4e-3
     num_micro_batches: int = 1
-    num_layers: int = 2
-    model_dim: int = 96
+    num_layers: int = 3
+    model_dim: int = 80
     num_heads: int = 4
-    mlp_dim: int = 256
+    mlp_dim: int = 192
 
 
 @dataclasses.dataclass(frozen=True)
