@@ -92,9 +92,7 @@ def stiff_leash_holds(report: dict) -> dict:
     outside = max(base["low"] - rate, rate - base["high"])
     failed = {
         f"KL {abs(kl) - STIFF_KL:.3f} too far": abs(kl) >= STIFF_KL,
-        f"marker rate {max(base['low'] - rate, rate - base['high']):.3f} outside": not base["low"]
-        <= rate
-        <= base["high"],
+        f"marker rate {outside:.3f} outside": outside > 0,
     }
     shown = f"KL {kl:.4f}, marker rate {rate:.3f} in [{base['low']:.3f}, {base['high']:.3f}]"
     return _criterion("kl_coef = 1e3: KL < .05 and marker rate inside the SFT interval", shown, _failures(failed))

@@ -1,7 +1,7 @@
 """Human comparisons for the HH job: two files, split by prompt, cut to the first tokens of the last turn's reply.
 
-The cut is the study's own choice (SCIENCE, "HH-mini"): how a reply begins carries most of its manner, and a network of this
-size learns it in minutes. What was cut is counted and printed; a reply that is cut has no end of sequence.
+The cut is the study's own choice: how a reply begins carries much of its manner, and a network of this size learns it
+in minutes. What was cut is counted and printed; a reply that is cut has no end of sequence.
 """
 
 import dataclasses
@@ -197,6 +197,7 @@ def counts(config: HHConfig, data: HHData) -> dict[str, int]:
 def _missing(what: str) -> str:
     return (
         f"--dataset hh: {what}; nothing was started. It reads preferences/hh_helpful_base.jsonl.gz and "
-        "preferences/hh_harmless_base.jsonl.gz of a data folder. Fix: give the folder with --data-dir DIRECTORY or in the "
-        "environment variable RLHF_JAX_DATA; or leave --dataset hh away for the embedded world, whose data are synthetic"
+        "preferences/hh_harmless_base.jsonl.gz of a data folder. Fix: give the folder with --data-dir DIRECTORY or in "
+        "the environment variable RLHF_JAX_DATA; or leave --dataset hh away for the embedded world, whose data are "
+        "synthetic"
     )

@@ -19,8 +19,8 @@ def describe(counts: dict) -> str:
     """What was read and what was cut, in one line."""
     parts = ", ".join(f"{name} {counts[name]}" for name in counts if "_" in name and name.split("_")[0] in DOMAINS)
     return (
-        f"{counts['pairs']} comparisons ({parts}); cut by the study's design: {counts['prompts_cut']} prompts on the left, "
-        f"{counts['replies_cut']} of {counts['replies']} replies on the right"
+        f"{counts['pairs']} comparisons ({parts}); cut by the study's design: {counts['prompts_cut']} prompts on the "
+        f"left, {counts['replies_cut']} of {counts['replies']} replies on the right"
     )
 
 
@@ -80,9 +80,10 @@ def _policies(report: dict) -> list[str]:
     runs, null = report["runs"], report["controls"]["shuffled_labels"]
     lines = [
         "Policies on held-out prompts, 95 % intervals; `wX` is PPO towards X helpful + (1 - X) harmless, `ptx` and "
-        "`kl_coef_1e3` have w = 0. Win rates against SFT, by each domain's judge; matched: replies of equal length.",
+        "`kl_coef_1e3` have w = 0. NLL: held-out chosen replies, nats per token. Win rates against SFT, by each domain's "
+        "judge; matched: replies of equal length.",
         "",
-        "| policy | marker rate, % | tokens | KL, nats | held-out NLL | harmless win, % | matched | helpful win, % | matched |",
+        "| policy | marker rate, % | tokens | KL, nats | NLL | harmless win, % | matched | helpful win, % | matched |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
@@ -165,5 +166,5 @@ def _mean(value: dict, digits: int) -> str:
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
-def _count(report: dict, name: str, domain: str, kind: str) -> int:
-    return report["reward_models"][name][domain][kind]["n"]
+def _counted(value: dict) -> str:
+    return f"{_percent(value)}, n = {value['n']}"

@@ -1,10 +1,10 @@
 """The report of the HH job: every figure is computed from the rows of `samples.jsonl`, and from nothing else.
 
-    python experiments/hh_report.py runs/hh                          # computes report.json anew: is it the same?
-    python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2       # that, and the criteria of several seeds in one table
+    python experiments/hh_report.py runs/hh                        # computes report.json anew: is it the same?
+    python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2     # that, and the criteria of several seeds in a table
 
-The unit of a win rate is the prompt: the mean over all pairs (SFT reply, other reply) to it, of equal length in tokens where
-"matched" is said. The unit of a marker rate is the reply. Intervals are 95 %.
+The unit of a win rate is the prompt: the mean over all pairs (SFT reply, other reply) to it, of equal length in tokens
+where "matched" is said. The unit of a marker rate is the reply. Intervals are 95 %.
 """
 
 import collections
@@ -133,6 +133,11 @@ def model_figures(pairs: Sequence[dict], name: str) -> dict:
             "prefer_shorter": accuracy(-np.array([row["characters"] for row in mine])),
         }
     return result
+
+
+def judge_accuracy(pairs: Sequence[dict], domain: str) -> Interval:
+    """A judge on the held-out pairs of its domain."""
+    return accuracy(_scores(_select(pairs, domain, held_out=True), "scores", f"judge_{domain}"))
 
 
 def marker_rates_of_data(pairs: Sequence[dict], domain: str) -> dict[str, float]:

@@ -87,9 +87,13 @@ def load_prompts(config: TaskConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def held_out_questions(config: TaskConfig) -> list[str]:
-    """The world's prompts on which everything is judged: distinct, none of them seen in training."""
-    drawn = synthetic.sample_prompts(config.seed + 3, 40 * NUM_HELD_OUT, heldout=True)
-    return list(dict.fromkeys(drawn))[:NUM_HELD_OUT]
+    """The world's prompts on which everything is judged: distinct, none seen in training, each kind with its own share."""
+    rng = np.random.default_rng([config.seed, 3])
+    chosen = []
+    for kind, share in synthetic.KIND_SHARES.items():
+        pool = [p for p in synthetic.all_prompts() if synthetic.is_heldout(p) and synthetic.question_of(p).kind == kind]
+        chosen += rng.permutation(pool)[: round(share * NUM_HELD_OUT)].tolist()
+    return rng.permutation(chosen).tolist()
 
 
 def world_demonstrations(pairs: Sequence[tuple[str, str]]) -> list[Demonstration]:

@@ -69,8 +69,8 @@ def test_every_prompt_asks_one_question_with_one_right_answer():
 def test_tables_are_of_the_promised_size():
     kinds = {kind: sum(q.kind == kind for q in QUESTIONS) for kind in synthetic.KIND_SHARES}
     assert kinds["fact"] >= 50
-    assert kinds["how_to"] >= 16
-    assert kinds["harm"] >= 16
+    assert kinds["how_to"] >= 25
+    assert kinds["harm"] >= 25
     for phrases in (tables.OPENERS, tables.CLOSERS, tables.PADDINGS, tables.DECLINES):
         assert len(set(phrases)) == len(phrases) >= 4
     assert sum(synthetic.KIND_SHARES.values()) == pytest.approx(1.0)
@@ -132,6 +132,7 @@ def test_split_is_stable():
     assert [p for p in asked if synthetic.is_heldout(p)] == [
         "who makes bread ?",
         "who makes bread , please ?",
+        "excuse me , who makes bread ?",
         "please tell me , who makes bread ?",
         "here is a question : who makes bread ?",
     ]
