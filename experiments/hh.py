@@ -8,7 +8,7 @@
 and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)`, and what must hold or fail
 beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations from the paper: networks of
 0.2 million parameters from random weights, the last human turn as prompt, the first tokens of the reply. The numbers
-and the data are in `hh_data.py`, the acts in `hh_acts.py`, what is said about them in `hh_report.py`.
+and the data are in `hh_data.py`, acts 2 and 3 in `hh_rewards.py` and `hh_rl.py`, what is said about them in `hh_report.py`.
 """
 
 import json
@@ -16,28 +16,29 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import hh_acts
 import hh_data
 import hh_render
 import hh_report
+import hh_rewards
+import hh_rl
 import jax
 import numpy as np
 import ppo
 import reward_model
 import sft
 import task
-from hh_acts import Job, RLRun
-from hh_data import DOMAINS, HHConfig, HHData
+from hh_data import DOMAINS, HHConfig, HHData, Job
+from hh_rl import RLRun
 from rich.console import Console
 from rich.markdown import Markdown
+from scoring import row_logprobs, row_sums, score_rows
 
 from rlhf_jax.data.records import Preference
-from rlhf_jax.functional.masking import masked_sum
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import open_run, write_json, write_json_lines
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, RankingBatch
 
 JUDGES = {domain: f"judge_{domain}" for domain in DOMAINS}
 COUPLED = ("sft", "kl_coef_1e3")
@@ -54,6 +55,14 @@ def timed(run: Path, name: str, act: Callable[[], None]) -> None:
     start = time.monotonic()
     act()
     write_json(path, {**seconds, name: round(time.monotonic() - start, 1)})
+
+
+def play_sft(job: Job, data: HHData) -> None:
+    """Act 1, on the chosen replies of both halves of both domains."""
+    network = sft.network_config(job.hh.sft, data.tokenizer.vocab_size)
+    rows = hh_data.demonstration_rows(job.hh, data, data.of("a", "b"))
+    params = sft.train(job.hh.sft, network, rows, seed=job.seed, log_to=job.run / "metrics.jsonl")
+    sft.save(job.run, network, data.tokenizer, params)
 
 
 def load_policy(job: Job, name: str, network: TransformerConfig) -> Params:
@@ -75,10 +84,10 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
     for name in ("sft", *(run.name for run in runs)):
         key = jax.random.key(job.seed + (1 if name in COUPLED else 2))
         sampled = task.sample_all(sample, load_policy(job, name, network), prompts, key, batch_size=128)
-        inputs = (sampled.tokens, sampled.segment_ids)
-        ratios = sampled.logprobs - hh_acts.row_logprobs(network, reference, *inputs)
-        kl = masked_sum(ratios, sampled.completion_mask, axis=1)
-        scores = {d: (hh_acts.score_rows(network, p, *inputs) - mean) / std for d, (p, mean, std) in judges.items()}
+        inputs = (sampled.tokens, np.asarray(hh_rewards.without_end(sampled)))
+        ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
+        kl = row_sums(ratios, sampled.completion_mask)
+        scores = {d: (score_rows(network, p, *inputs) - mean) / std for d, (p, mean, std) in judges.items()}
         for i, text in enumerate(task.completions(tokenizer, sampled)):
             rows.append(
                 {
@@ -97,24 +106,31 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
 
 
 def pair_rows(job: Job, data: HHData) -> list[dict]:
-    """How the reward models order held-out pairs of their own domain and all pairs of the other one.
-
-    `fixed` holds the scores of the replies cut to the fixed length, of pairs whose replies are both that long.
-    """
+    """How the models order held-out pairs of their own domain and, but for the judges, all pairs of the other one."""
     rows = []
     for domain in DOMAINS:
-        own, other = data.of("held_out", domains=[domain]), data.of("a", "b", domains=[domain])
-        rows += _pair_rows(job, data, domain, own, [*DOMAINS, JUDGES[domain]], held_out=True)
-        rows += _pair_rows(job, data, domain, other, [d for d in DOMAINS if d != domain], held_out=False)
+        (other,) = (name for name in DOMAINS if name != domain)
+        own = ("{}", "long_{}", "judge_{}")
+        held_out, rest = data.of("held_out", domains=[domain]), data.of("a", "b", domains=[domain])
+        names = [name.format(domain) for name in own] + [other, f"long_{other}"]
+        rows += _pair_rows(job, data, domain, held_out, names, held_out=True)
+        rows += _pair_rows(job, data, domain, rest, [other, f"long_{other}"], held_out=False)
     return rows
 
 
 def _pair_rows(
     job: Job, data: HHData, domain: str, pairs: Sequence[Preference], models: Sequence[str], *, held_out: bool
 ) -> list[dict]:
-    lengths = hh_data.full_lengths(data, pairs)
-    scores = {name: pair_scores(job, data, name, pairs, job.hh.reply_length) for name in models}
-    fixed = {name: pair_scores(job, data, name, pairs, job.hh.fixed_length) for name in models if name in DOMAINS}
+    """`fixed` holds scores of replies cut to the fixed length, where both are longer; lengths are of uncut replies."""
+    config, lengths = job.hh, hh_data.full_lengths(data, pairs)
+    matched, long, fixed = (
+        hh_data.matched_rows(config, data, pairs),
+        hh_data.ranking_rows(config, data, pairs, length=config.long_length),
+        hh_data.ranking_rows(config, data, pairs, length=config.fixed_length),
+    )
+    long_models = [name for name in models if name.startswith("long")]
+    scores = {name: pair_scores(job, name, long if name in long_models else matched) for name in models}
+    fixed_scores = {name: pair_scores(job, name, fixed) for name in long_models}
     return [
         {
             "kind": "pair",
@@ -126,20 +142,21 @@ def _pair_rows(
             "markers": [hh_report.has_marker(pair.chosen), hh_report.has_marker(pair.rejected)],
             "scores": {name: values[i].tolist() for name, values in scores.items()},
             "fixed": {
-                name: values[i].tolist() for name, values in fixed.items() if min(lengths[i]) >= job.hh.fixed_length
+                name: values[i].tolist()
+                for name, values in fixed_scores.items()
+                if min(lengths[i]) >= config.fixed_length
             },
         }
         for i, pair in enumerate(pairs)
     ]
 
 
-def pair_scores(job: Job, data: HHData, name: str, pairs: Sequence[Preference], length: int) -> np.ndarray:
+def pair_scores(job: Job, name: str, rows: RankingBatch) -> np.ndarray:
     """Raw scores `[N, 2]` of chosen and rejected."""
     tokenizer, network, _ = sft.load(job.run)
     params, _, _ = reward_model.load(job.run / "rewards" / name, network, tokenizer)
-    rows = hh_data.ranking_rows(job.hh, data, pairs, length=length)
-    flat = (-1, rows.tokens.shape[-1])
-    return hh_acts.score_rows(network, params, rows.tokens.reshape(flat), rows.segment_ids.reshape(flat)).reshape(-1, 2)
+    tokens, segment_ids = (x.reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.segment_ids))
+    return score_rows(network, params, tokens, segment_ids).reshape(-1, 2)
 
 
 def demonstration_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
@@ -148,8 +165,8 @@ def demonstration_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[di
     rows = hh_data.demonstration_rows(job.hh, data, data.of("held_out"))
     nll = {}
     for name in ("sft", *(run.name for run in runs)):
-        logprobs = hh_acts.row_logprobs(network, load_policy(job, name, network), rows.tokens, rows.segment_ids)
-        nll[name] = np.asarray(-masked_sum(logprobs, rows.loss_mask, axis=1))
+        logprobs = row_logprobs(network, load_policy(job, name, network), rows.tokens, rows.segment_ids)
+        nll[name] = -row_sums(logprobs, rows.loss_mask)
     return [
         {"kind": "demonstration", "tokens": int(n), "nll": {name: float(values[i]) for name, values in nll.items()}}
         for i, n in enumerate(rows.loss_mask.sum(axis=1))
@@ -158,7 +175,7 @@ def demonstration_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[di
 
 def judge(job: Job, data: HHData) -> None:
     """Write `samples.jsonl`, from which the report's every figure is computed."""
-    runs = hh_acts.rl_runs(job.hh)
+    runs = hh_rl.rl_runs(job.hh)
     header = {"kind": "data", **hh_data.counts(job.hh, data)}
     rows = [header, *pair_rows(job, data), *demonstration_rows(job, data, runs), *reply_rows(job, data, runs)]
     write_json_lines(job.run / "samples.jsonl", rows)
@@ -184,10 +201,10 @@ def main(config, numbers: HHConfig | None = None) -> dict:
     run = open_run(job.run, job, resume=job.resume)
     data = hh_data.load(job.hh, pairs, run, seed=job.seed)
     print(hh_render.describe(hh_data.counts(job.hh, data)))
-    timed(run, "sft", lambda: hh_acts.play_sft(job, data))
-    timed(run, "reward_model", lambda: hh_acts.play_reward_models(job, data))
-    for rl_run in hh_acts.rl_runs(job.hh):
-        timed(run, f"ppo_{rl_run.name}", lambda rl_run=rl_run: hh_acts.play_run(job, data, rl_run))
+    timed(run, "sft", lambda: play_sft(job, data))
+    timed(run, "reward_model", lambda: hh_rewards.play(job, data))
+    for rl_run in hh_rl.rl_runs(job.hh):
+        timed(run, f"ppo_{rl_run.name}", lambda rl_run=rl_run: hh_rl.play(job, data, rl_run))
     timed(run, "judge", lambda: judge(job, data))
     settings = {"dataset": "hh", "seed": job.seed, "kl_target": job.hh.ppo.kl_target}
     result = hh_report.write(run, settings)

@@ -35,16 +35,18 @@ class HHConfig:
     vocab_size: int = 1280
     prompt_length: int = 16
     """Tokens of the last human turn, one border token included; longer turns lose their beginning."""
-    reply_length: int = 20
+    reply_length: int = 16
     """First tokens of the reply, the end of sequence included where it comes so early."""
-    fixed_length: int = 16
-    """For the length control: pairs whose replies are both at least so long, cut to exactly that."""
+    long_length: int = 48
+    """For the accuracy table: what the reward models `long_*` read of a reply."""
+    fixed_length: int = 12
+    """For the accuracy table: pairs whose replies are both longer, cut to exactly that."""
     held_out_fraction: float = 0.125
     weights: tuple[float, ...] = (0.0, 0.5, 1.0)
     """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
     num_shuffled: int = 8
     """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
-    ptx_coef: float = 0.5
+    ptx_coef: float = 0.2
     samples_per_prompt: int = 2
     """Replies to each held-out prompt, of every policy."""
     sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, mlp_dim=288)
@@ -55,7 +57,7 @@ class HHConfig:
         learning_rate=1e-3,
         num_minibatches=2,
         kl_target=5.0,
-        kl_horizon=640.0,
+        kl_horizon=500.0,
         separate_critic=False,
         missing_eos_penalty=0.0,
     )
@@ -64,6 +66,17 @@ class HHConfig:
     def lengths(self) -> task.TaskConfig:
         """For the functions of the other scripts."""
         return task.TaskConfig(prompt_length=self.prompt_length, response_length=self.reply_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run's folder is opened with."""
+
+    run: Path
+    resume: bool
+    seed: int
+    data_dir: Path | None
+    hh: HHConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +171,33 @@ def demonstration_rows(config: HHConfig, data: HHData, pairs: Sequence[Preferenc
 
 
 def ranking_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference], *, length: int) -> RankingBatch:
-    """Pairs as rankings of two, replies cut to `length` tokens."""
+    """Pairs as rankings of two: the first `length` tokens, the end of sequence included."""
     tokenizer = data.tokenizer
     turns = encode_turns(config, tokenizer, pairs)
     examples = [
         TokenizedRanking(turn, encode_replies(tokenizer, pair, length), (0, 1))
         for turn, pair in zip(turns, pairs, strict=True)
     ]
+    return _ranking_batch(config, tokenizer, examples, length)
+
+
+def matched_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> RankingBatch:
+    """Pairs cut to the shorter reply's length, `reply_length` at most, without an end: length tells nothing."""
+    tokenizer = data.tokenizer
+    examples = []
+    for turn, pair in zip(encode_turns(config, tokenizer, pairs), pairs, strict=True):
+        chosen, rejected = (tokenizer.encode(" " + reply) for reply in (pair.chosen, pair.rejected))
+        size = min(len(chosen), len(rejected), config.reply_length)
+        examples.append(TokenizedRanking(turn, (tuple(chosen[:size]), tuple(rejected[:size])), (0, 1)))
+    return _ranking_batch(config, tokenizer, examples, config.reply_length)
+
+
+def _ranking_batch(
+    config: HHConfig, tokenizer: Tokenizer, examples: Sequence[TokenizedRanking], length: int
+) -> RankingBatch:
     return ranking_batch(
         examples,
-        length=config.prompt_length + config.reply_length,
+        length=config.prompt_length + length,
         num_responses=2,
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,

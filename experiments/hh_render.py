@@ -97,24 +97,22 @@ def _policies(report: dict) -> list[str]:
 
 def _reward_models(report: dict) -> list[str]:
     lines = [
-        "Reward models on held-out pairs of their own domain and on all pairs of the other one: accuracy, %. The effect is "
-        "largely length: compare the rows of the rule that reads nothing.",
+        "Reward models on held-out pairs of their own domain and on all pairs of the other one: accuracy, %. The effect "
+        "is largely length: compare the rows of the rule that reads nothing.",
         "",
         "| | helpful pairs | harmless pairs |",
         "|---|---|---|",
     ]
     labels = {
-        "accuracy": "reward model",
-        "fixed_length": "reward model, replies cut to one length",
-        "prefer_longer": "prefer the longer",
-        "prefer_shorter": "prefer the shorter",
+        "long": "reads length: first 48 tokens and the end",
+        "prefer_longer": "no model: prefer the longer",
+        "prefer_shorter": "no model: prefer the shorter",
+        "long_fixed_length": "first row's model, replies cut to 12 tokens",
+        "matched": "blind to length: the reward of act 3",
     }
     for name in DOMAINS:
         for kind, label in labels.items():
-            cells = [
-                f"{_percent(report['reward_models'][name][d][kind])}, n = {_count(report, name, d, kind)}"
-                for d in DOMAINS
-            ]
+            cells = [_counted(report["reward_models"][name][d][kind]) for d in DOMAINS]
             lines.append(f"| {name}: {label} | " + " | ".join(cells) + " |")
     judges = ", ".join(f"{domain} {_percent(report['judges'][domain])}" for domain in DOMAINS)
     rates = "; ".join(

@@ -57,9 +57,7 @@ def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> 
     nll = held_out_nll([row for row in rows if row["kind"] == "demonstration"])
     runs = {name: run_figures(mine, replies["sft"], nll[name]) for name, mine in replies.items()}
     models = {name: model_figures(pairs, name) for name in DOMAINS}
-    judges = {
-        d: _interval(accuracy(_scores(_select(pairs, d, held_out=True), "scores", f"judge_{d}"))) for d in DOMAINS
-    }
+    judges = {d: _interval(judge_accuracy(pairs, d)) for d in DOMAINS}
     null = {d: null_figures(runs, d) for d in DOMAINS}
     headline = runs["w0"]
     report = {
@@ -67,7 +65,7 @@ def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> 
         "run": "w0: the harmless reward alone",
         "seconds": total_seconds(seconds),
         "data": next(row for row in rows if row["kind"] == "data"),
-        "reward_model": {"name": "harmless", **_interval(models["harmless"]["harmless"]["accuracy"], "accuracy")},
+        "reward_model": {"name": "harmless", **_interval(models["harmless"]["harmless"]["matched"], "accuracy")},
         "reward_models": _plain(models),
         "judges": judges,
         "data_markers": {d: marker_rates_of_data(pairs, d) for d in DOMAINS},
@@ -121,16 +119,18 @@ def null_figures(runs: dict[str, dict], domain: str) -> dict:
 
 
 def model_figures(pairs: Sequence[dict], name: str) -> dict:
-    """A reward model on held-out pairs of its own domain and on all pairs of the other one, beside the length rule."""
+    """Reward models on held-out pairs of their own domain and on all pairs of the other one, beside the length rules."""
     result = {}
     for domain in DOMAINS:
         mine = _select(pairs, domain, held_out=True if domain == name else None)
-        long = [row for row in mine if name in row["fixed"]]
+        cut = [row for row in mine if f"long_{name}" in row["fixed"]]
+        characters = np.array([row["characters"] for row in mine])
         result[domain] = {
-            "accuracy": accuracy(_scores(mine, "scores", name)),
-            "fixed_length": accuracy(_scores(long, "fixed", name)),
-            "prefer_longer": accuracy(np.array([row["characters"] for row in mine])),
-            "prefer_shorter": accuracy(-np.array([row["characters"] for row in mine])),
+            "long": accuracy(_scores(mine, "scores", f"long_{name}")),
+            "prefer_longer": accuracy(characters),
+            "prefer_shorter": accuracy(-characters),
+            "long_fixed_length": accuracy(_scores(cut, "fixed", f"long_{name}")),
+            "matched": accuracy(_scores(mine, "scores", name)),
         }
     return result
 

@@ -7,11 +7,11 @@ import numpy as np
 import reward_model
 import sft
 import task
+from scoring import row_logprobs, row_sums, score_rows
 
 from rlhf_jax.data.records import Ranking
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
-from rlhf_jax.objectives import sequence_token_logprobs
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.types import Generation, Params
 
@@ -48,17 +48,6 @@ def answer(
     )
 
 
-def row_sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Sums `[N]` of `[N, T]` over the mask, in float64."""
-    return np.where(mask, values, 0.0).sum(axis=1, dtype=np.float64)
-
-
-def row_logprobs(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """Token log-probs `[N, T]` of whole rows."""
-    model = transformer.causal_model(network)
-    return np.asarray(jax.jit(lambda p, t, s: sequence_token_logprobs(model, p, t, s))(params, tokens, segment_ids))
-
-
 def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
     """SFT and PPO on every held-out question."""
     tokenizer, network, policy = sft.load(run)
@@ -66,7 +55,7 @@ def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
     sides = {}
     for side, params, seed in (("before", policy, 1), ("after", load_policy(run, network), 2)):
         texts, sampled, kl = answer(config, run, params, seed=config.seed + seed)
-        scores = (reward_model.score_rows(network, reward_params, sampled.tokens, sampled.segment_ids) - mean) / std
+        scores = (score_rows(network, reward_params, sampled.tokens, sampled.segment_ids) - mean) / std
         columns = (texts, sampled.completion_mask.sum(axis=1), scores, kl)
         names = ("text", "tokens", "score", "kl")
         sides[side] = [dict(zip(names, map(_plain, row), strict=True)) for row in zip(*columns, strict=True)]
@@ -82,7 +71,7 @@ def ranking_rows(config: task.TaskConfig, run: Path, *, num_responses: int) -> l
     rankings = rankings_of_policy(config, run, num_responses=num_responses, held_out=True)
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
     flat = (-1, data.tokens.shape[-1])
-    scores = reward_model.score_rows(network, params, data.tokens.reshape(flat), data.segment_ids.reshape(flat))
+    scores = score_rows(network, params, data.tokens.reshape(flat), data.segment_ids.reshape(flat))
     return [
         {
             "kind": "ranking",

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import sft
 import task
 import tyro
+from scoring import score_rows
 
 from rlhf_jax.data import synthetic
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.records import Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import transformer
-from rlhf_jax.models.heads import init_reward_head, sequence_scores
+from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import reward_model
 from rlhf_jax.runtime import checkpoint
@@ -86,17 +86,6 @@ def train(
             state, metrics = train_step(state, batch)
             log.write(step, metrics, tokens=batch.tokens.size)
     return state.params
-
-
-def score_rows(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """Raw scores `[N]` of whole rows, 256 at a time."""
-    model = transformer.causal_model(network)
-    score = jax.jit(lambda params, tokens, segment_ids: sequence_scores(model, params, tokens, segment_ids))
-    parts = []
-    for start in range(0, len(tokens), 256):
-        rows = np.minimum(np.arange(start, start + 256), len(tokens) - 1)
-        parts.append(np.asarray(score(params, tokens[rows], segment_ids[rows]))[: len(tokens) - start])
-    return np.concatenate(parts)
 
 
 def collect_rankings(

@@ -1,0 +1,49 @@
+"""Whole rows through a frozen model, 256 at a time, results on the host: scores and token log-probs."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from rlhf_jax.models import transformer
+from rlhf_jax.models.heads import sequence_scores
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.types import Params
+
+
+def score_rows(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Raw scores `[N]` of a reward model."""
+    return in_parts(functools.partial(_jitted_scores(network), params), tokens, segment_ids)
+
+
+def row_logprobs(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Token log-probs `[N, T]` of a policy, in nats."""
+    return in_parts(functools.partial(_jitted_logprobs(network), params), tokens, segment_ids)
+
+
+def row_sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Sums `[N]` of `[N, T]` over the mask, in float64."""
+    return np.where(mask, values, 0.0).sum(axis=1, dtype=np.float64)
+
+
+def in_parts(function: Callable, tokens: np.ndarray, segment_ids: np.ndarray, size: int = 256) -> np.ndarray:
+    """`function` of whole rows, `size` at a time; the last part is filled with its last row, which is thrown away."""
+    parts = []
+    for start in range(0, len(tokens), size):
+        rows = np.minimum(np.arange(start, start + size), len(tokens) - 1)
+        parts.append(np.asarray(function(tokens[rows], segment_ids[rows]))[: len(tokens) - start])
+    return np.concatenate(parts)
+
+
+@functools.cache
+def _jitted_scores(network: TransformerConfig):
+    model = transformer.causal_model(network)
+    return jax.jit(lambda params, tokens, segment_ids: sequence_scores(model, params, tokens, segment_ids))
+
+
+@functools.cache
+def _jitted_logprobs(network: TransformerConfig):
+    model = transformer.causal_model(network)
+    return jax.jit(lambda params, tokens, segment_ids: sequence_token_logprobs(model, params, tokens, segment_ids))
