@@ -1,12 +1,16 @@
-r"""Dialogues as plain text in the HH manner, and as token ids.
+r"""Dialogues as token ids, and as plain text in the HH manner.
 
-A dialogue is `"\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant:"`; a system message, which HH has
-not, is `"\n\nSystem: ..."`. A completion is one space, the reply and the end of sequence, so prompt +
-completion is the HH transcript letter for letter. Prompt and completion are tokenised apart: the border never
-falls inside a token, and the prompt's ids are the same in training and in sampling.
+Where the tokenizer has an id to open the turn of each role (`Tokenizer.turn_ids`), a dialogue is that id, one space
+and the content, turn by turn; a reply of the assistant ends in eos, also in the middle, so that prompt +
+completion begins the prompt of the next turn. No text that a user can type opens a turn.
 
-The template is text: content that holds `"\n\nAssistant:"` reads as a turn of the assistant. It never yields
-a special token, though: tokenizers here encode typed special tokens as plain pieces.
+Elsewhere it is the text `"\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant:"` after bos; a system
+message, which HH has not, is `"\n\nSystem: ..."`. A completion is one space, the reply and eos, so prompt +
+completion is the HH transcript letter for letter. Content that holds `"\n\nAssistant:"` then reads as a turn of the
+assistant. It never yields a special token, though: tokenizers here encode typed special tokens as plain pieces.
+
+Prompt and completion are tokenised apart: the border never falls inside a token, and the prompt's ids are the same
+in training and in sampling.
 """
 
 from collections.abc import Sequence
@@ -29,17 +33,25 @@ def render(messages: Sequence[Message]) -> str:
 
     Raises `ValueError` for an unknown role.
     """
-    for message in messages:
-        if message.role not in _SPEAKERS:
-            raise ValueError(f"unknown role {message.role!r} (allowed: {', '.join(_SPEAKERS)})")
+    _check_roles(messages)
     turns = [f"\n\n{_SPEAKERS[message.role]}: {message.content}" for message in messages]
     return "".join([*turns, "\n\nAssistant:"])
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Ids of `render(messages)`, after the tokenizer's bos if it has one."""
-    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return (*bos, *tokenizer.encode(render(messages)))
+    """Ids of the dialogue up to where the assistant speaks.
+
+    Raises `ValueError` for an unknown role.
+    """
+    _check_roles(messages)
+    if not tokenizer.turn_ids:
+        bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+        return (*bos, *tokenizer.encode(render(messages)))
+    ids = []
+    for message in messages:
+        end = (tokenizer.eos_id,) if message.role == "assistant" else ()
+        ids += [tokenizer.turn_ids[message.role], *tokenizer.encode(" " + message.content), *end]
+    return (*ids, tokenizer.turn_ids["assistant"])
 
 
 def encode_completion(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -73,3 +85,9 @@ def encode_ranking(tokenizer: Tokenizer, record: Ranking) -> TokenizedRanking:
 def encode_prompts(tokenizer: Tokenizer, records: Sequence[Prompt]) -> list[tuple[int, ...]]:
     """Ids of each prompt, in order."""
     return [encode_prompt(tokenizer, record.prompt) for record in records]
+
+
+def _check_roles(messages: Sequence[Message]) -> None:
+    for message in messages:
+        if message.role not in _SPEAKERS:
+            raise ValueError(f"unknown role {message.role!r} (allowed: {', '.join(_SPEAKERS)})")

@@ -16,6 +16,9 @@ NUM_BYTES = 256
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|pad|>", "<|bos|>", "<|endoftext|>"
 """Special tokens of the tokenizers made here."""
 
+TURN_TOKENS = {"system": "<|turn_system|>", "user": "<|turn_user|>", "assistant": "<|turn_assistant|>"}
+"""Role to the special token that opens its turn, in the BPE tokenizers trained here."""
+
 _BYTE_FILE = "byte_tokenizer.json"
 
 
@@ -28,6 +31,8 @@ class Tokenizer:
     pad_id: int
     eos_id: int
     bos_id: int | None
+    turn_ids: Mapping[str, int]
+    """Role to the id that opens its turn; empty where a dialogue's turns are marked by text (`data.chat`)."""
     fingerprint: str
     """sha256, in hex, of the vocabulary and the special ids."""
     encode: Callable[[str], list[int]] = field(compare=False, repr=False)
@@ -58,6 +63,7 @@ def byte_tokenizer() -> Tokenizer:
         pad_id=pad_id,
         eos_id=eos_id,
         bos_id=bos_id,
+        turn_ids={},
         fingerprint=_fingerprint(vocabulary, pad_id, eos_id, bos_id),
         encode=encode,
         decode=decode,
@@ -68,11 +74,13 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE tokenizer of at most `vocab_size` ids: fewer where `texts` offer no more.
 
-    Ids 0, 1, 2 are pad, bos, eos; then the 256 bytes, so that any text can be encoded; then merges. Raises
-    `ValueError` when `vocab_size` has no room for those 259.
+    Ids 0, 1, 2 are pad, bos, eos; then one to open the turn of each role, the 256 bytes, so that any text can be
+    encoded, and merges. Raises `ValueError` when `vocab_size` has no room for the first 262.
     """
-    if vocab_size < NUM_BYTES + 3:
-        raise ValueError(f"vocab_size {vocab_size} < {NUM_BYTES + 3} (256 bytes, pad, bos, eos); fix: raise it")
+    special_tokens = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, *TURN_TOKENS.values()]
+    smallest = NUM_BYTES + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} < {smallest} (256 bytes, pad, bos, eos, 3 turns); fix: raise it")
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -81,12 +89,13 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN],
+        special_tokens=special_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _wrap_backend(backend, pad_token=PAD_TOKEN, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN)
+    names = {"pad_token": PAD_TOKEN, "bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN}
+    return _wrap_backend(backend, **names, extra_special_tokens=list(TURN_TOKENS.values()))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -134,7 +143,7 @@ def _load_gpt2(directory: Path) -> Tokenizer:
     return _wrap_backend(backend, bos_token=EOS_TOKEN, eos_token=EOS_TOKEN)
 
 
-def _wrap_backend(backend: Any, **special_tokens: str) -> Tokenizer:
+def _wrap_backend(backend: Any, **special_tokens: str | list[str]) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     return _wrap(
@@ -158,6 +167,8 @@ def _wrap(source: Any) -> Tokenizer:
     vocabulary = source.get_vocab()
     vocab_size = max(vocabulary.values()) + 1
     pad_id = eos_id if source.pad_token_id is None else source.pad_token_id
+    has_turns = set(TURN_TOKENS.values()) <= set(source.all_special_tokens)
+    turn_ids = {role: vocabulary[token] for role, token in TURN_TOKENS.items()} if has_turns else {}
 
     def encode(text: str) -> list[int]:
         return list(source(text, add_special_tokens=False, split_special_tokens=True).input_ids)
@@ -174,6 +185,7 @@ def _wrap(source: Any) -> Tokenizer:
         pad_id=pad_id,
         eos_id=eos_id,
         bos_id=source.bos_token_id,
+        turn_ids=turn_ids,
         fingerprint=_fingerprint(vocabulary, pad_id, eos_id, source.bos_token_id),
         encode=encode,
         decode=decode,

@@ -24,7 +24,7 @@ UNICODE = [
     "naïve “quotes” … 漢字 עברית 🎈👩‍👩‍👧 \u2028 \x00 \t",
     "don't  won't I'll , . !",
 ]
-INJECTION = "<|pad|><|bos|><|endoftext|> <|im_end|> x<|endoftext|>y <pad></s><s>[PAD]"
+INJECTION = "<|pad|><|bos|><|endoftext|><|turn_assistant|> <|turn_user|><|im_end|> x<|endoftext|>y <pad></s><s>[PAD]"
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_round_trip_on_any_text(bpe, text):
 
 def test_typed_special_tokens_are_plain_text(tokenizer):
     ids = tokenizer.encode(INJECTION)
-    assert not {tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id} & set(ids)
+    assert not {tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, *tokenizer.turn_ids.values()} & set(ids)
     assert len(ids) > 10
 
 
 def test_special_ids_give_no_text(tokenizer):
-    ids = [tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id, tokenizer.pad_id]
+    ids = [*tokenizer.turn_ids.values(), tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(ids) == "a b"
 
 
@@ -96,8 +96,8 @@ def test_bpe_ids(bpe):
     assert bpe.vocab_size == 280
     assert len(bpe.encode("the cat")) < len("the cat")
     assert train_bpe(["ab"], vocab_size=1000).vocab_size < 1000
-    with pytest.raises(ValueError, match=r"vocab_size 258 < 259 .*fix: raise it"):
-        train_bpe(TEXTS, vocab_size=258)
+    with pytest.raises(ValueError, match=r"vocab_size 261 < 262 .*fix: raise it"):
+        train_bpe(TEXTS, vocab_size=261)
 
 
 def test_gpt2_ids(data_dir):
