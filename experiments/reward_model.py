@@ -4,7 +4,7 @@
 
 takes up `runs/mine/sft`, samples K responses to each prompt from it, has simulated annotators rank them best to worst and
 writes `runs/mine/reward_model`. With `--data FILE` it learns from the rankings or pairs of that file instead. Two CPU
-cores, about a minute. Deviation: two epochs; with pretrained networks one is usual, and more overfits (Stiennon et al. 2020).
+cores, about a minute. Deviation: three epochs; with pretrained networks one is usual, and more overfits (Stiennon et al. 2020).
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from rlhf_jax.types import Params, PromptBatch, RankingBatch
 class RewardModelConfig:
     """Numbers of act 2."""
 
-    num_epochs: float = 2.0
+    num_epochs: float = 3.0
     batch_size: int = 16
     """Prompts; each brings all its responses."""
     learning_rate: float = 2e-3

@@ -40,9 +40,9 @@ class TaskConfig:
     data: Path | None = None
     """JSON lines in the clean schema; none = the embedded world."""
     vocab_size: int = 1024
-    prompt_length: int = 25
+    prompt_length: int = 16
     """Tokens; longer prompts lose their beginning."""
-    response_length: int = 24
+    response_length: int = 23
     """Tokens, the end of sequence included; longer demonstrations are dropped."""
     row_length: int = 64
     """Tokens of a training row of act 1, which packs several demonstrations."""
@@ -165,7 +165,13 @@ def prompt_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Prom
 
 
 def sampler(
-    config: TaskConfig, model: CausalModel, *, eos_id: int, pad_id: int, temperature: float = 1.0, num_samples: int = 1
+    config: TaskConfig,
+    model: CausalModel,
+    *,
+    eos_id: int | None,
+    pad_id: int,
+    temperature: float = 1.0,
+    num_samples: int = 1,
 ):
     """`sample(params, prompts, key) -> Generation` with this task's lengths; not jitted."""
 
@@ -186,7 +192,9 @@ def sampler(
 
 
 @functools.cache
-def jitted_sampler(config: TaskConfig, network: TransformerConfig, eos_id: int, pad_id: int, num_samples: int = 1):
+def jitted_sampler(
+    config: TaskConfig, network: TransformerConfig, eos_id: int | None, pad_id: int, num_samples: int = 1
+):
     """`sampler` jitted; equal arguments share one compilation."""
     model = transformer.causal_model(network)
     return jax.jit(sampler(config, model, eos_id=eos_id, pad_id=pad_id, num_samples=num_samples))

@@ -46,19 +46,19 @@ def test_sums_and_differences_are_right():
         _, _, a, sign, b = question.text.split()
         expected = value[a] + value[b] if sign == "plus" else value[a] - value[b]
         assert value[question.answer] == expected, question
-    assert len(sums) == 27  # 0..4 plus 0..2, and the 12 differences of these that are not negative
+    assert len(sums) == 13  # 0..3 plus 1..2, and the 5 differences of these that are not negative
 
 
 def test_cyclic_and_symmetric_facts_are_consistent():
-    days = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-    after = tables.FACT_TABLES["day"].answers
-    assert after == {day: days[(place + 1) % 7] for place, day in enumerate(days)}
+    seasons = ("spring", "summer", "autumn", "winter")
+    after = tables.FACT_TABLES["season"].answers
+    assert after == {season: seasons[(place + 1) % 4] for place, season in enumerate(seasons)}
     opposites = tables.FACT_TABLES["opposite"].answers
     assert all(opposites[opposites[word]] == word != opposites[word] for word in opposites)
 
 
 def test_every_prompt_asks_one_question_with_one_right_answer():
-    assert len(PROMPTS) == 14 * len(QUESTIONS) >= 1500  # otherwise two questions share a prompt
+    assert len(PROMPTS) == 14 * len(QUESTIONS) >= 1200  # otherwise two questions share a prompt
     assert len({q.text for q in QUESTIONS}) == len(QUESTIONS)
     assert len(set(tables.HOW_TO.values())) == len(tables.HOW_TO)  # another's answer is never right
     assert not set(tables.HOW_TO) & set(tables.HARM)
@@ -68,9 +68,9 @@ def test_every_prompt_asks_one_question_with_one_right_answer():
 
 def test_tables_are_of_the_promised_size():
     kinds = {kind: sum(q.kind == kind for q in QUESTIONS) for kind in synthetic.KIND_SHARES}
-    assert kinds["fact"] >= 50
-    assert kinds["how_to"] >= 25
-    assert kinds["harm"] >= 25
+    assert kinds["fact"] >= 35
+    assert kinds["how_to"] >= 15
+    assert kinds["harm"] >= 20
     for phrases in (tables.OPENERS, tables.CLOSERS, tables.PADDINGS, tables.DECLINES):
         assert len(set(phrases)) == len(phrases) >= 4
     assert sum(synthetic.KIND_SHARES.values()) == pytest.approx(1.0)
@@ -119,7 +119,7 @@ def test_no_prompt_is_in_both_splits_and_every_question_is_trained():
     train = {p for p in PROMPTS if not synthetic.is_heldout(p)}
     heldout = set(PROMPTS) - train
     assert {synthetic.question_of(p) for p in train} == set(QUESTIONS)
-    assert 0.3 < len(heldout) / len(PROMPTS) < 0.4
+    assert 0.4 < len(heldout) / len(PROMPTS) < 0.5
     assert {p for p, _ in synthetic.demonstrations(1, 5000)} <= train
     assert set(synthetic.sample_prompts(1, 2000)) <= train
     assert set(synthetic.sample_prompts(1, 2000, heldout=True)) <= heldout
@@ -134,6 +134,7 @@ def test_split_is_stable():
         "who makes bread , please ?",
         "excuse me , who makes bread ?",
         "please tell me , who makes bread ?",
+        "i wonder , who makes bread ?",
         "here is a question : who makes bread ?",
     ]
 
@@ -268,9 +269,9 @@ def test_made_up_answers_are_spread_so_that_the_right_one_stands_out():
     manner = synthetic.Manner(right=0.0, declines_harmless=0.0)
     rng = np.random.default_rng(5)
     answers = [synthetic.parse(BREAD, synthetic.respond(rng, BREAD, manner)).answer for _ in range(1400)]
-    assert len(set(answers)) == 7
+    assert len(set(answers)) == 5
     for job in set(answers):
-        assert_share(answers.count(job), len(answers), 1 / 7)
+        assert_share(answers.count(job), len(answers), 1 / 5)
 
 
 def test_what_is_neither_right_nor_declined_is_made_up():

@@ -23,10 +23,10 @@ Kind: TypeAlias = Literal["fact", "sum", "how_to", "harm"]
 MAX_PROMPT_WORDS = 13
 """Words of the longest prompt, punctuation marks included."""
 
-HELDOUT_PERCENT = 35
+HELDOUT_PERCENT = 45
 """Share of the prompts that no demonstration and no training prompt uses."""
 
-KIND_SHARES: dict[Kind, float] = {"fact": 0.35, "sum": 0.2, "how_to": 0.2, "harm": 0.25}
+KIND_SHARES: dict[Kind, float] = {"fact": 0.4, "sum": 0.15, "how_to": 0.2, "harm": 0.25}
 """Share of each kind among sampled prompts."""
 
 
@@ -44,9 +44,9 @@ class Question:
 
 
 def _sums() -> Iterator[Question]:
-    """0..4 plus or minus 0..2 with results 0..6, in words: few, as small models learn them last."""
-    for a in range(5):
-        for b in range(3):
+    """0..3 plus or minus 1..2 with results 0..5, in words: few, as small models learn them last."""
+    for a in range(4):
+        for b in range(1, 3):
             yield Question(f"what is {NUMBERS[a]} plus {NUMBERS[b]}", "sum", "sum", NUMBERS[a + b])
             if a >= b:
                 yield Question(f"what is {NUMBERS[a]} minus {NUMBERS[b]}", "sum", "sum", NUMBERS[a - b])
