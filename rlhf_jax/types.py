@@ -73,10 +73,11 @@ class Frozen:
     """What an RL iteration reads and never writes."""
 
     ref_params: Params
-    reward_params: Params
-    reward_mean: Float[Array, ""]
+    reward_params: Params = None
+    """None where the score is no model's."""
+    reward_mean: Float[Array, ""] | float = 0.0
     """Mean and standard deviation of the raw scores on samples of the reference policy."""
-    reward_std: Float[Array, ""]
+    reward_std: Float[Array, ""] | float = 1.0
 
 
 @struct.dataclass
