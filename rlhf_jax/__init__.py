@@ -4,12 +4,27 @@ The names below are those that a program composes; each lives in the module that
 tokenizers and batches are in `rlhf_jax.data`, checkpoints, logs and run folders in `rlhf_jax.runtime`.
 """
 
-from rlhf_jax.functional.advantages import gae
+from rlhf_jax.functional.advantages import gae, group_relative, leave_one_out
 from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3
-from rlhf_jax.functional.logprobs import entropy, token_logprobs
+from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
 from rlhf_jax.functional.masking import masked_whiten, shift_right
 from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
-from rlhf_jax.functional.reward_losses import bradley_terry_loss, pairwise_ranking_loss
+from rlhf_jax.functional.preference_losses import (
+    cpo_loss,
+    dpo_loss,
+    ipo_loss,
+    kto_baseline,
+    kto_loss,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
+from rlhf_jax.functional.reward_losses import (
+    best_of_k_loss,
+    bradley_terry_loss,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+)
 from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
@@ -62,22 +77,30 @@ __all__ = [
     "actor_critic",
     "adam_optimizer",
     "adaptive_kl_coef",
+    "best_of_k_loss",
     "bradley_terry_loss",
     "causal_model",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "cpo_loss",
     "critic_from_trunk",
+    "dpo_loss",
     "entropy",
     "evaluate",
     "gae",
     "generate",
+    "group_relative",
     "init_ppo_state",
     "init_reward_head",
     "init_train_state",
     "init_value_head",
+    "ipo_loss",
     "k1",
     "k2",
     "k3",
+    "kto_baseline",
+    "kto_loss",
+    "leave_one_out",
     "logical_axes",
     "make_experience_fn",
     "make_mesh",
@@ -86,12 +109,17 @@ __all__ = [
     "make_score_fn",
     "make_train_step",
     "masked_whiten",
+    "mean_logprobs",
     "named_shardings",
     "normalize_scores",
+    "orpo_loss",
     "pairwise_ranking_loss",
+    "plackett_luce_loss",
     "ppo_optimizer",
     "reward_model",
+    "robust_dpo_loss",
     "separate_critic",
+    "sequence_logprobs",
     "sequence_scores",
     "sequence_token_logprobs",
     "sft",
@@ -99,6 +127,7 @@ __all__ = [
     "shard_batch",
     "shared_critic",
     "shift_right",
+    "simpo_loss",
     "subtract_missing_eos",
     "token_logprobs",
     "transformer",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from rlhf_jax.functional.checks import check_positive
-from rlhf_jax.functional.masking import masked_sum, shift_right
+from rlhf_jax.functional.masking import masked_mean, masked_sum, shift_right
 
 
 def token_logprobs(
@@ -79,3 +79,17 @@ def sequence_logprobs(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -
     """
     chex.assert_rank(logprobs, 2)
     return masked_sum(logprobs, mask, axis=1)
+
+
+def mean_logprobs(logprobs: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean log-probability of a completion's tokens, `Σ_t m_t log p_t / Σ_t m_t`, in nats per token.
+
+    Args:
+      logprobs: `[B, T]` token log-probabilities.
+      mask: `[B, T]`, True on the tokens of the completion, its end of sequence included.
+
+    Returns:
+      float32 `[B]`; 0 for an empty completion.
+    """
+    chex.assert_rank(logprobs, 2)
+    return masked_mean(logprobs, mask, axis=1)

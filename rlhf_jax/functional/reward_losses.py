@@ -87,6 +87,58 @@ def pairwise_ranking_loss(
     return masked_mean(losses, in_order, axis=(1, 2))
 
 
+def plackett_luce_loss(
+    scores: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]
+) -> Float[Array, "B"]:
+    """Negative log-likelihood of a whole ranking, per choice (Plackett 1975; Luce 1959).
+
+        loss[b] = 1/C Σ_i [ logsumexp{s_j : ranks_j >= ranks_i} - s_i ]
+
+    The best response is chosen among all, the next among the rest, and so on; the sum is over kept i that have a kept
+    response of the same or a worse rank beside them, and C is their number (K - 1 without ties). Tied responses are
+    each chosen before any of them is removed (Breslow's approximation), so a tie draws them together instead of
+    being dropped. K = 2 without a tie is Bradley-Terry. Unlike `pairwise_ranking_loss` it assumes that the choice
+    between two responses does not depend on which others are there.
+
+    Args:
+      scores: `[B, K]`; whatever stands outside the mask is never read.
+      ranks: `[B, K]`, 0 = best, equal = tie; only their order counts.
+      mask: `[B, K]`, False for places that hold no response.
+
+    Returns:
+      Nats per choice, float32 `[B]`; 0, with gradient 0, for a prompt with fewer than two responses.
+    """
+    chex.assert_equal_shape([scores, ranks, mask])
+    chex.assert_rank(scores, 2)
+    scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
+    left = (ranks[:, None, :] >= ranks[:, :, None]) & mask[:, None, :] & mask[:, :, None]  # [b, i, j]: j not before i
+    choices = left.sum(axis=2) > 1
+    among = jnp.where(left, scores[:, None, :], -jnp.inf)
+    among = jnp.where(choices[:, :, None], among, 0.0)  # rows that are not counted stay finite
+    return masked_mean(jax.nn.logsumexp(among, axis=2) - scores, choices, axis=1)
+
+
+def best_of_k_loss(scores: Float[Array, "B K"], best: Int[Array, "B"], mask: Bool[Array, "B K"]) -> Float[Array, "B"]:
+    """Cross-entropy of the response that people picked among K (Ziegler et al. 2019, eq. 1).
+
+        loss[b] = logsumexp_k s_k - s_best
+
+    Args:
+      scores: `[B, K]`; whatever stands outside the mask is never read.
+      best: `[B]`, the place of the picked response, inside the mask.
+      mask: `[B, K]`, False for places that hold no response; at least one is True.
+
+    Returns:
+      Nats, float32 `[B]`. Equal scores give log of the number of responses.
+    """
+    chex.assert_equal_shape([scores, mask])
+    chex.assert_equal_shape_prefix([scores, best], 1)
+    chex.assert_rank([scores, best], [2, 1])
+    kept = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    picked = jnp.take_along_axis(kept, best[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(kept, axis=1) - picked
+
+
 def _comparison_loss(better, worse, margin, label_smoothing, centering_coef):
     """Negative log-likelihood of "better beats worse", elementwise."""
     gap = better - worse

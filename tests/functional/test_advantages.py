@@ -1,4 +1,4 @@
-"""GAE against the definition's double loop, its special cases, and rows with their padding cut out."""
+"""GAE against the definition's double loop, its special cases, rows with their padding cut out; and group baselines."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from functional.ragged import MASK, B, T, normals, poisoned
 
-from rlhf_jax.functional import gae
+from rlhf_jax.functional import gae, group_relative, leave_one_out
 
 REWARDS, VALUES = normals(0, B, T), normals(1, B, T)
 jitted = jax.jit(gae)
@@ -70,3 +70,40 @@ def test_hyper_parameters_can_be_vmapped():
     swept, _ = jax.vmap(lambda value: gae(*arguments, gae_lambda=value))(lambdas)
     for one, value in zip(swept, lambdas, strict=True):
         np.testing.assert_allclose(one, jitted(*arguments, discount=1.0, gae_lambda=value)[0], rtol=1e-5, atol=1e-6)
+
+
+SCORES = normals(2, 12)
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_group_baselines_by_hand(group_size):
+    whitened, centred, others = (np.zeros(12) for _ in range(3))
+    for i in range(12):
+        group = np.float64(SCORES[i // group_size * group_size :][:group_size])
+        whitened[i] = (SCORES[i] - group.mean()) / (group.std(ddof=1) + 1e-4)
+        centred[i] = SCORES[i] - group.mean()
+        others[i] = SCORES[i] - (group.sum() - SCORES[i]) / (group_size - 1)
+    scores = jnp.asarray(SCORES)
+    np.testing.assert_allclose(group_relative(scores, group_size=group_size), whitened, rtol=1e-4, atol=1e-6)
+    unscaled = group_relative(scores, group_size=group_size, scale=False)
+    np.testing.assert_allclose(unscaled, centred, rtol=1e-4, atol=1e-6)
+    found = leave_one_out(scores, group_size=group_size)
+    np.testing.assert_allclose(found, others, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(unscaled, found * (group_size - 1) / group_size, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_group_of_equal_scores_teaches_nothing(scale):
+    scores = jnp.asarray([0.7, 0.7, 0.7, 0.0, 1.0, 0.0])
+
+    def total(scores):
+        return jnp.vdot(group_relative(scores, group_size=3, scale=scale), jnp.arange(6.0))
+
+    np.testing.assert_allclose(group_relative(scores, group_size=3, scale=scale)[:3], 0, atol=1e-3)
+    assert np.all(np.isfinite(jax.grad(total)(scores)))
+
+
+def test_groups_must_divide_the_batch():
+    for function in (group_relative, leave_one_out):
+        with pytest.raises(ValueError, match="group_size must be a divisor of the number of scores, 12: got 5"):
+            function(jnp.asarray(SCORES), group_size=5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from functional.ragged import normals
 
-from rlhf_jax.functional import bradley_terry_loss, pairwise_ranking_loss
+from rlhf_jax.functional import best_of_k_loss, bradley_terry_loss, pairwise_ranking_loss, plackett_luce_loss
 
 CHOSEN, REJECTED = normals(0, 7), normals(1, 7)
 B, K = 6, 4
@@ -118,3 +118,52 @@ def test_a_prompt_without_pairs_moves_nothing():
     np.testing.assert_array_equal(gradient[5], 0)
     np.testing.assert_array_equal(gradient[~MASK], 0)
     assert np.all(np.asarray(gradient)[0] != 0)
+
+
+def log_sum_exp(values):
+    return np.log(np.exp(np.float64(values)).sum())
+
+
+def test_plackett_luce():
+    """By its definition, choice after choice; tied responses are all chosen from what was there before the first."""
+    expected = np.zeros(B)
+    for b in range(B):
+        terms = []
+        for i in np.flatnonzero(MASK[b]):
+            left = [SCORES[b, j] for j in np.flatnonzero(MASK[b]) if RANKS[b, j] >= RANKS[b, i]]
+            if len(left) > 1:
+                terms.append(log_sum_exp(left) - SCORES[b, i])
+        expected[b] = np.mean(terms) if terms else 0.0
+    assert np.count_nonzero(expected) == B - 1  # the last prompt has a single response
+    scores = jnp.asarray(np.where(MASK, SCORES, np.nan))
+    np.testing.assert_allclose(plackett_luce_loss(scores, jnp.asarray(RANKS), jnp.asarray(MASK)), expected, rtol=1e-5)
+
+
+def test_plackett_luce_is_a_law():
+    """The probabilities of all orders of three responses sum to 1, and two responses are Bradley-Terry."""
+    scores = jnp.asarray(SCORES[:1, :3])
+    orders = list(itertools.permutations(range(3)))
+    losses = [plackett_luce_loss(scores, jnp.asarray([order]), jnp.ones((1, 3), bool))[0] for order in orders]
+    assert sum(np.exp(-2 * np.float64(loss)) for loss in losses) == pytest.approx(1.0, abs=1e-5)  # two choices each
+    pair = jnp.stack([jnp.asarray(CHOSEN), jnp.asarray(REJECTED)], axis=1)
+    found = plackett_luce_loss(pair, jnp.tile(jnp.asarray([[0, 1]]), (7, 1)), jnp.ones((7, 2), bool))
+    np.testing.assert_allclose(found, bradley_terry_loss(jnp.asarray(CHOSEN), jnp.asarray(REJECTED)), rtol=1e-5)
+
+
+def test_plackett_luce_draws_ties_together():
+    scores, ranks, mask = jnp.asarray([[1.0, 3.0]]), jnp.asarray([[0, 0]]), jnp.ones((1, 2), bool)
+    slope = jax.grad(lambda x: plackett_luce_loss(x, ranks, mask).sum())(scores)
+    assert slope[0, 0] < 0 < slope[0, 1]
+    single = jax.grad(lambda x: plackett_luce_loss(x, ranks, jnp.asarray([[True, False]])).sum())(scores)
+    np.testing.assert_array_equal(single, 0)
+
+
+def test_best_of_k():
+    best = np.array([2, 0, 1, 3, 0, 1])
+    kept = [SCORES[b][MASK[b]] for b in range(B)]
+    expected = [log_sum_exp(kept[b]) - SCORES[b, best[b]] for b in range(B)]
+    scores = jnp.asarray(np.where(MASK, SCORES, np.inf))
+    found = best_of_k_loss(scores, jnp.asarray(best), jnp.asarray(MASK))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    equal = best_of_k_loss(jnp.zeros((1, K)), jnp.zeros(1, int), jnp.ones((1, K), bool))
+    np.testing.assert_allclose(equal, np.log(K), rtol=1e-6)
