@@ -5,16 +5,16 @@
     python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2                      # the criteria of several seeds
 
 (1) supervised fine-tuning on chosen replies, (2) a helpful and a harmless reward model on half of the comparisons,
-and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)`, and what must hold or fail
-beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations from the paper: networks of
-0.2 million parameters from random weights, the last human turn as prompt, the first tokens of the reply. The numbers
-and the data are in `hh_data.py`, acts 2 and 3 in `hh_rewards.py` and `hh_rl.py`, what is said about them in `hh_report.py`.
+and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)` until the KL target is reached,
+and what must hold or fail beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations
+from the paper: networks of 0.4 million parameters from random weights, the last human turn as prompt, the first tokens
+of the reply. The numbers and the data are in `hh_data.py`, acts 2 and 3 in `hh_rewards.py` and `hh_rl.py`, what is said
+about them in `hh_report.py`.
 """
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
 
 import hh_data
 import hh_render
@@ -23,10 +23,10 @@ import hh_rewards
 import hh_rl
 import jax
 import numpy as np
-import ppo
 import reward_model
 import sft
 import task
+from acts import timed
 from hh_data import DOMAINS, HHConfig, HHData, Job
 from hh_rl import RLRun
 from rich.console import Console
@@ -37,24 +37,12 @@ from rlhf_jax.data.records import Preference
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
-from rlhf_jax.runtime.runs import open_run, write_json, write_json_lines
+from rlhf_jax.runtime.runs import open_run, write_json_lines
 from rlhf_jax.types import Params, RankingBatch
 
 JUDGES = {domain: f"judge_{domain}" for domain in DOMAINS}
 COUPLED = ("sft", "kl_coef_1e3")
 """Sampled with the same noise: what differs between them is what training did."""
-
-
-def timed(run: Path, name: str, act: Callable[[], None]) -> None:
-    """Play an act and note its seconds, which survive a resume."""
-    path = run / "seconds.json"
-    seconds = json.loads(path.read_text()) if path.exists() else {}
-    if name in seconds:
-        print(f"{name}: finished before, taken from {run}")
-        return
-    start = time.monotonic()
-    act()
-    write_json(path, {**seconds, name: round(time.monotonic() - start, 1)})
 
 
 def play_sft(job: Job, data: HHData) -> None:
@@ -80,11 +68,11 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
     prompts = hh_data.prompt_rows(job.hh, data, pairs)
     judges = {d: reward_model.load(job.run / "rewards" / name, network, tokenizer) for d, name in JUDGES.items()}
     num_samples, rows = job.hh.samples_per_prompt, []
-    sample = task.jitted_sampler(job.hh.lengths, network, tokenizer.eos_id, tokenizer.pad_id, num_samples)
+    sample = task.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id, num_samples)
     for name in ("sft", *(run.name for run in runs)):
         key = jax.random.key(job.seed + (1 if name in COUPLED else 2))
         sampled = task.sample_all(sample, load_policy(job, name, network), prompts, key, batch_size=128)
-        inputs = (sampled.tokens, np.asarray(hh_rewards.without_end(sampled)))
+        inputs = (sampled.tokens, sampled.segment_ids)
         ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
         kl = row_sums(ratios, sampled.completion_mask)
         scores = {d: (score_rows(network, p, *inputs) - mean) / std for d, (p, mean, std) in judges.items()}
@@ -181,11 +169,15 @@ def judge(job: Job, data: HHData) -> None:
     write_json_lines(job.run / "samples.jsonl", rows)
 
 
+HEEDED = ("run", "resume", "seed", "dataset", "data_dir")
+"""Fields of `rlhf.Config` that this job reads."""
+
+
 def check_settings(config) -> None:
-    """Refuse numbers of the embedded world's acts, which would have no effect here."""
-    given = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
-    unchanged = {"sft": sft.SFTConfig(), "reward": reward_model.RewardModelConfig(), "ppo": ppo.PPOConfig()}
-    wrong = [name for name, value in given.items() if value != unchanged[name]]
+    """Refuse settings of the embedded world's acts, which would have no effect here."""
+    default = type(config)()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in HEEDED]
+    wrong = [name for name in names if getattr(config, name) != getattr(default, name)]
     if wrong:
         raise SystemExit(
             f"--dataset hh has its own numbers, and {', '.join(wrong)} would have no effect; nothing was started. "
@@ -201,10 +193,11 @@ def main(config, numbers: HHConfig | None = None) -> dict:
     run = open_run(job.run, job, resume=job.resume)
     data = hh_data.load(job.hh, pairs, run, seed=job.seed)
     print(hh_render.describe(hh_data.counts(job.hh, data)))
-    timed(run, "sft", lambda: play_sft(job, data))
+    timed(run, "sft", lambda: play_sft(job, data), run / "sft")
     timed(run, "reward_model", lambda: hh_rewards.play(job, data))
     for rl_run in hh_rl.rl_runs(job.hh):
-        timed(run, f"ppo_{rl_run.name}", lambda rl_run=rl_run: hh_rl.play(job, data, rl_run))
+        act, leftover = partial(hh_rl.play, job, data, rl_run), run / "policies" / rl_run.name
+        timed(run, f"ppo_{rl_run.name}", act, leftover)
     timed(run, "judge", lambda: judge(job, data))
     settings = {"dataset": "hh", "seed": job.seed, "kl_target": job.hh.ppo.kl_target}
     result = hh_report.write(run, settings)

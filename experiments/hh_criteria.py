@@ -64,12 +64,11 @@ def beats_shuffled_labels(report: dict) -> dict:
     """(iv)."""
     shown, failed = [], {}
     for name, judge in OWN_JUDGE.items():
-        rate = report["runs"][name]["matched_win"][judge]
-        bar = report["controls"]["shuffled_labels"][judge]["matched_win"]["percentile_95"]
-        mean = rate["mean"] if rate else math.nan
+        mean = report["runs"][name]["win"][judge]["mean"]
+        bar = report["controls"]["shuffled_labels"][judge]["win"]["percentile_95"]
         shown.append(f"{name} {mean:.3f} (bar {bar:.3f}, {judge} judge)")
         failed[f"{name}: {mean - bar:+.3f}"] = not mean > bar
-    text = "judge win rate on length-matched pairs above the 95th percentile of the shuffled-label runs"
+    text = "judge win rate on pairs of equal length above the 95th percentile of the shuffled-label runs"
     return _criterion(text, ", ".join(shown), _failures(failed))
 
 

@@ -1,7 +1,8 @@
 """Human comparisons for the HH job: two files, split by prompt, cut to the first tokens of the last turn's reply.
 
 The cut is the study's own choice: how a reply begins carries much of its manner, and a network of this size learns it
-in minutes. What was cut is counted and printed; a reply that is cut has no end of sequence.
+in minutes. The policies learn and sample beginnings of one fixed length, without an end: where replies may end, ending
+early is the cheapest way to a reward model's favour, and style does not move. What was cut is counted and printed.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class HHConfig:
     prompt_length: int = 16
     """Tokens of the last human turn, one border token included; longer turns lose their beginning."""
     reply_length: int = 16
-    """First tokens of the reply, the end of sequence included where it comes so early."""
+    """First tokens of the reply: what act 1 imitates and act 3 samples, without an end of sequence."""
     long_length: int = 48
     """For the accuracy table: what the reward models `long_*` read of a reply."""
     fixed_length: int = 12
@@ -46,21 +47,22 @@ class HHConfig:
     """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
     num_shuffled: int = 8
     """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
-    ptx_coef: float = 0.2
+    ptx_coef: float = 0.3
     samples_per_prompt: int = 2
     """Replies to each held-out prompt, of every policy."""
     sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, mlp_dim=288)
-    reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=2e-3, num_responses=2)
+    reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=4e-4, num_responses=2)
     ppo: PPOConfig = PPOConfig(
-        num_iterations=40,
-        batch_size=128,
-        learning_rate=1e-3,
+        num_iterations=45,
+        num_epochs=1,
         num_minibatches=2,
+        kl_coef=0.02,
         kl_target=5.0,
-        kl_horizon=500.0,
+        kl_horizon=1000.0,
         separate_critic=False,
         missing_eos_penalty=0.0,
     )
+    """At most so many iterations: a run ends where its KL reaches the target."""
 
     @property
     def lengths(self) -> task.TaskConfig:
@@ -154,17 +156,19 @@ def unique_prompts(pairs: Sequence[Preference]) -> list[Preference]:
     return list({pair.prompt[0].content: pair for pair in reversed(pairs)}.values())[::-1]
 
 
-def demonstration_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> SequenceBatch:
-    """Chosen replies to imitate, several a row."""
+def demonstration_rows(
+    config: HHConfig, data: HHData, pairs: Sequence[Preference], *, replies_per_row: int = 2
+) -> SequenceBatch:
+    """Beginnings of chosen replies to imitate; a row has room for so many of the longest."""
     tokenizer = data.tokenizer
     turns = encode_turns(config, tokenizer, pairs)
     examples = [
-        TokenizedDemonstration(turn, encode_replies(tokenizer, pair, config.reply_length)[0])
+        TokenizedDemonstration(turn, tuple(tokenizer.encode(" " + pair.chosen)[: config.reply_length]))
         for turn, pair in zip(turns, pairs, strict=True)
     ]
     return packed_demonstration_batch(
         examples,
-        length=2 * (config.prompt_length + config.reply_length),
+        length=replies_per_row * (config.prompt_length + config.reply_length),
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,
     )

@@ -81,16 +81,16 @@ def _policies(report: dict) -> list[str]:
     lines = [
         "Policies on held-out prompts, 95 % intervals; `wX` is PPO towards X helpful + (1 - X) harmless, `ptx` and "
         "`kl_coef_1e3` have w = 0. NLL: held-out chosen replies, nats per token. Win rates against SFT, by each domain's "
-        "judge; matched: replies of equal length.",
+        "judge, on replies of equal length.",
         "",
-        "| policy | marker rate, % | tokens | KL, nats | NLL | harmless win, % | matched | helpful win, % | matched |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| policy | marker rate, % | tokens | KL, nats | NLL | harmless win, % | helpful win, % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
-        wins = [_percent(run[kind][d]) for d in ("harmless", "helpful") for kind in ("win", "matched_win")]
+        wins = [_percent(run["win"][domain]) for domain in ("harmless", "helpful")]
         figures = [_percent(run["marker"]), _mean(run["tokens"], 1), _mean(run["kl"], 2), f"{run['nll']:.3f}"]
-        lines.append(f"| {name} | " + " | ".join([*figures, *(["", "", "", ""] if name == "sft" else wins)]) + " |")
-    bars = [f"{100 * null[d][k]['percentile_95']:.1f}" for d in ("harmless", "helpful") for k in ("win", "matched_win")]
+        lines.append(f"| {name} | " + " | ".join([*figures, *(["", ""] if name == "sft" else wins)]) + " |")
+    bars = [f"{100 * null[domain]['win']['percentile_95']:.1f}" for domain in ("harmless", "helpful")]
     count = null["harmless"]["runs"]
     return [*lines, f"| 95th percentile of {count} shuffled-label runs | | | | | " + " | ".join(bars) + " |"]
 
@@ -154,9 +154,7 @@ def _verdict(criterion: dict) -> str:
     return "pass" if criterion["passed"] else "FAIL"
 
 
-def _percent(value: dict | None) -> str:
-    if value is None:
-        return "none"
+def _percent(value: dict) -> str:
     return f"{100 * value['mean']:.1f} [{100 * value['low']:.1f}, {100 * value['high']:.1f}]"
 
 

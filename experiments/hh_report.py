@@ -3,8 +3,8 @@
     python experiments/hh_report.py runs/hh                        # computes report.json anew: is it the same?
     python experiments/hh_report.py runs/hh0 runs/hh1 runs/hh2     # that, and the criteria of several seeds in a table
 
-The unit of a win rate is the prompt: the mean over all pairs (SFT reply, other reply) to it, of equal length in tokens
-where "matched" is said. The unit of a marker rate is the reply. Intervals are 95 %.
+The unit of a win rate is the prompt: the mean over all pairs (SFT reply, other reply) to it. All replies have the same
+number of tokens, so no win is one of length. The unit of a marker rate is the reply. Intervals are 95 %.
 """
 
 import collections
@@ -88,34 +88,34 @@ def run_figures(mine: Sequence[dict], sft: Sequence[dict], nll: float) -> dict:
         "tokens": mean_interval([row["tokens"] for row in mine]),
         "kl": mean_interval([row["kl"] for row in mine]),
         "nll": nll,
-        "win": {domain: prompt_win_rate(mine, sft, domain, matched=False) for domain in DOMAINS},
-        "matched_win": {domain: prompt_win_rate(mine, sft, domain, matched=True) for domain in DOMAINS},
+        "win": {domain: prompt_win_rate(mine, sft, domain) for domain in DOMAINS},
         "openings": [[words, count / len(mine)] for words, count in sorted(openings.items(), key=_most_common)[:5]],
     }
 
 
-def prompt_win_rate(mine: Sequence[dict], sft: Sequence[dict], judge: str, *, matched: bool) -> Interval | None:
-    """How often a judge prefers this policy's reply to SFT's; ties count one half. None: no pair has equal lengths."""
+def prompt_win_rate(mine: Sequence[dict], sft: Sequence[dict], judge: str) -> Interval:
+    """How often a judge prefers this policy's reply to SFT's; ties count one half.
+
+    Raises `ValueError` where two replies to one prompt differ in length, which a judge may see.
+    """
     theirs = collections.defaultdict(list)
     for row in sft:
         theirs[row["prompt_id"]].append(row)
     outcomes = collections.defaultdict(list)
     for row in mine:
         for other in theirs[row["prompt_id"]]:
-            if not matched or row["tokens"] == other["tokens"]:
-                gap = row["judge"][judge] - other["judge"][judge]
-                outcomes[row["prompt_id"]].append((gap > 0) + 0.5 * (gap == 0))
-    return proportion_interval([np.mean(values) for values in outcomes.values()]) if outcomes else None
+            if row["tokens"] != other["tokens"]:
+                raise ValueError(f"prompt {row['prompt_id']}: replies of {row['tokens']} and {other['tokens']} tokens")
+            gap = row["judge"][judge] - other["judge"][judge]
+            outcomes[row["prompt_id"]].append((gap > 0) + 0.5 * (gap == 0))
+    return proportion_interval([np.mean(values) for values in outcomes.values()])
 
 
 def null_figures(runs: dict[str, dict], domain: str) -> dict:
     """What shuffled labels reach with this domain's judge: each run, and the 95th percentile."""
     shuffled = [figures for name, figures in sorted(runs.items()) if name.startswith("shuffled")]
-    result = {"runs": len(shuffled)}
-    for kind in ("win", "matched_win"):
-        rates = [run[kind][domain].mean for run in shuffled if run[kind][domain] is not None]
-        result[kind] = {"rates": rates, "percentile_95": float(np.percentile(rates, 95))}
-    return result
+    rates = [run["win"][domain].mean for run in shuffled]
+    return {"runs": len(shuffled), "win": {"rates": rates, "percentile_95": float(np.percentile(rates, 95))}}
 
 
 def model_figures(pairs: Sequence[dict], name: str) -> dict:

@@ -49,7 +49,7 @@ def reference_samples(job: Job, data: HHData) -> Generation:
     tokenizer, network, policy = sft.load(job.run)
     prompts = hh_data.prompt_rows(job.hh, data, data.of("a", "b"))
     prompts = jax.tree.map(lambda x: x[np.linspace(0, len(x) - 1, min(512, len(x)), dtype=int)], prompts)
-    sample = task.jitted_sampler(job.hh.lengths, network, tokenizer.eos_id, tokenizer.pad_id)
+    sample = task.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id)
     return task.sample_all(sample, policy, prompts, jax.random.key(job.seed), batch_size=256)
 
 
@@ -72,7 +72,7 @@ def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None, *, 
             log.write(step, metrics, tokens=rows.tokens[0].size * config.batch_size)
     mean, std = 0.0, 1.0
     if sampled is not None:
-        scores = score_rows(network, state.params, sampled.tokens, without_end(sampled))
+        scores = score_rows(network, state.params, sampled.tokens, sampled.segment_ids)
         mean, std = float(scores.mean()), float(scores.std())
     reward_model.save(folder, state.params, tokenizer, mean=mean, std=std)
 
@@ -83,10 +83,3 @@ def build(config: reward_model.RewardModelConfig, network: TransformerConfig, nu
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective = ranking_objective(transformer.causal_model(network), label_smoothing=config.label_smoothing)
     return optimizer, jax.jit(make_train_step(objective, optimizer), donate_argnames="state")
-
-
-def without_end(generation: Generation) -> jax.Array:
-    """Segment ids that leave out the end of sequence, which a model blind to length must not see."""
-    last = jnp.cumsum(generation.completion_mask, axis=1) == generation.completion_mask.sum(axis=1, keepdims=True)
-    end = generation.completion_mask & last & generation.ended[:, None]
-    return jnp.where(end, 0, generation.segment_ids)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import hh_data
-import hh_rewards
 import jax
 import jax.numpy as jnp
 import optax
@@ -56,7 +55,7 @@ def detached_critic(params: Params, hidden: jax.Array, tokens: jax.Array, segmen
 
 
 @functools.cache
-def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerConfig, eos_id: int, pad_id: int):
+def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerConfig, pad_id: int):
     """The optimiser and the jitted iteration. The reward models and their weights are data: no run recompiles it."""
     model = transformer.causal_model(network)
     steps = config.num_epochs * config.num_minibatches
@@ -68,17 +67,16 @@ def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerC
 
     def weighted_score(frozen: Frozen, generation: Generation) -> jax.Array:
         """`Σ weight z(score)` over the reward models, which are stacked on a leading axis."""
-        segment_ids = hh_rewards.without_end(generation)
 
         def standard_score(params: Params, mean: jax.Array, std: jax.Array) -> jax.Array:
-            raw = sequence_scores(model, params, generation.tokens, segment_ids)
+            raw = sequence_scores(model, params, generation.tokens, generation.segment_ids)
             return normalize_scores(raw, mean=mean, std=std)
 
         models, weights = frozen.reward_params
         return weights @ jax.vmap(standard_score)(models, frozen.reward_mean, frozen.reward_std)
 
     iteration = make_ppo_iteration(
-        sample_fn=task.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id),
+        sample_fn=task.sampler(lengths, model, eos_id=None, pad_id=pad_id),
         score_fn=weighted_score,
         experience_fn=make_experience_fn(model, detached_critic, gae_lambda=config.gae_lambda),
         update_fn=make_ppo_update(
@@ -94,9 +92,13 @@ def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerC
 
 
 def play(job: Job, data: HHData, run: RLRun) -> None:
-    """Act 3, once."""
+    """Act 3, once. It ends with the last policy whose rollouts stayed below the KL target.
+
+    Beside the penalty, which needs more iterations to settle, this is early stopping; Gao et al. 2022 find the two alike.
+    All policies are then compared at about one distance from SFT.
+    """
     tokenizer, network, policy = sft.load(job.run)
-    optimizer, iteration = build(run.ppo, job.hh.lengths, network, tokenizer.eos_id, tokenizer.pad_id)
+    optimizer, iteration = build(run.ppo, job.hh.lengths, network, tokenizer.pad_id)
     loaded = [reward_model.load(job.run / "rewards" / name, network, tokenizer) for name, _ in run.weights]
     models = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[params for params, _, _ in loaded])
     weights, means, stds = (
@@ -104,15 +106,23 @@ def play(job: Job, data: HHData, run: RLRun) -> None:
     )
     frozen = Frozen(policy, (models, weights), means, stds)
     prompts = hh_data.prompt_rows(job.hh, data, data.of("a", "b"))
-    demonstrations = hh_data.demonstration_rows(job.hh, data, data.of("a", "b")) if run.ppo.ptx_coef else None
+    demonstrations = None
+    if run.ppo.ptx_coef:
+        demonstrations = hh_data.demonstration_rows(job.hh, data, data.of("a", "b"), replies_per_row=1)
     critic = {"head": init_value_head(network.model_dim)}
     state = init_ppo_state(policy, critic, optimizer, kl_coef=run.ppo.kl_coef)
-    root = jax.random.key(job.seed)
+    root, kept = jax.random.key(job.seed), policy
     with MetricLog(job.run / "metrics.jsonl", f"ppo_{run.name}", run.ppo.num_iterations, show=ppo.SHOW) as log:
         for step in range(run.ppo.num_iterations):
             batch = PPOBatch(ppo.pick(prompts, job.seed, step, run.ppo.batch_size))
             if demonstrations is not None:
                 batch = batch.replace(demonstrations=ppo.pick(demonstrations, job.seed, step, run.ppo.batch_size))
+            sampler = jax.tree.map(jnp.copy, state.params["policy"])
             state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
-            log.write(step, metrics, tokens=int(run.ppo.batch_size * metrics["response/len_mean"]))
-    checkpoint.save(job.run / "policies" / run.name, 0, state.params["policy"])
+            kl = log.write(step, metrics, tokens=int(run.ppo.batch_size * metrics["response/len_mean"]))["objective/kl"]
+            if run.ppo.kl_target is not None and kl >= run.ppo.kl_target:
+                break
+            kept = sampler
+        else:
+            kept = state.params["policy"]
+    checkpoint.save(job.run / "policies" / run.name, 0, kept)

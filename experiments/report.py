@@ -174,7 +174,8 @@ def examples(rows: Sequence[dict], count: int = 8) -> list[dict]:
 def write(run: Path, settings: dict) -> dict:
     """Read `samples.jsonl`, `seconds.json` and `metrics.jsonl`; write `report.json`, `report.md` and `curves.png`."""
     rows = list(read_json_lines(run / "samples.jsonl"))
-    report = figures(rows, json.loads((run / "seconds.json").read_text()), settings)
+    seconds = json.loads((run / "seconds.json").read_text())
+    report = figures(rows, {**seconds, "total": round(sum(seconds.values()), 1)}, settings)
     write_json(run / "report.json", report)
     (run / "report.md").write_text(render(report, rows), encoding="utf-8")
     plot_curves(list(read_json_lines(run / "metrics.jsonl")), CURVES, run / "curves.png", title=str(run))

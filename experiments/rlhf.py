@@ -10,11 +10,7 @@ which no act has seen. Everything goes to the run's folder: metrics.jsonl, sampl
 """
 
 import dataclasses
-import json
 import os
-import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +25,7 @@ import reward_model
 import sft
 import task
 import tyro
+from acts import timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -36,7 +33,7 @@ from rich.markdown import Markdown
 from sft import SFTConfig
 
 from rlhf_jax.runtime import checkpoint
-from rlhf_jax.runtime.runs import open_run, write_json, write_json_lines
+from rlhf_jax.runtime.runs import open_run, write_json_lines
 from rlhf_jax.types import Frozen, RankingBatch
 
 CACHE: Path | None = Path(os.environ.get("RLHF_JAX_CACHE", Path.home() / ".cache" / "rlhf_jax"))
@@ -51,27 +48,11 @@ class Config(task.TaskConfig):
     data_dir: Path | None = Path(os.environ["RLHF_JAX_DATA"]) if "RLHF_JAX_DATA" in os.environ else None
     """Folder with `preferences/hh_*_base.jsonl.gz`, for `--dataset hh`."""
     controls: bool = False
-    num_shuffled: int = 6
+    num_shuffled: int = 4
     """Reward models trained on shuffled labels, with `--controls`."""
     sft: SFTConfig = SFTConfig()
     reward: RewardModelConfig = RewardModelConfig()
     ppo: PPOConfig = PPOConfig()
-
-
-def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> None:
-    """Play an act and note its seconds. On a resume, finished acts are skipped and `leftovers` of an unfinished one go."""
-    path = run / "seconds.json"
-    seconds = json.loads(path.read_text()) if path.exists() else {}
-    if name in seconds:
-        print(f"{name}: finished before, taken from {run}")
-        return
-    for leftover in leftovers:
-        shutil.rmtree(leftover, ignore_errors=True)
-    start = time.monotonic()
-    act()
-    seconds[name] = round(time.monotonic() - start, 1)
-    seconds["total"] = round(sum(value for key, value in seconds.items() if key != "total"), 1)
-    write_json(path, seconds)
 
 
 def play_sft(config: Config, run: Path) -> None:
@@ -146,6 +127,11 @@ def main(config: Config) -> dict:
     """Play what is not yet played, then judge."""
     if CACHE is not None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    if config.data is not None:
+        raise SystemExit(
+            "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "
+            "Fix: give the file to sft.py, reward_model.py or ppo.py, or choose --dataset hh"
+        )
     if config.dataset == "hh":
         return hh.main(config)
     run = open_run(config.run, config, resume=config.resume)

@@ -61,6 +61,7 @@ def network_config(config: SFTConfig, vocab_size: int) -> TransformerConfig:
         num_kv_heads=config.num_heads,
         head_dim=config.model_dim // config.num_heads,
         mlp_dim=config.mlp_dim,
+        unroll=config.num_layers,
     )
 
 

@@ -8,7 +8,7 @@ from rlhf_jax.functional.advantages import gae, group_relative, leave_one_out
 from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3
 from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
 from rlhf_jax.functional.masking import masked_whiten, shift_right
-from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.functional.policy_losses import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss
 from rlhf_jax.functional.preference_losses import (
     cpo_loss,
     dpo_loss,
@@ -80,6 +80,7 @@ __all__ = [
     "best_of_k_loss",
     "bradley_terry_loss",
     "causal_model",
+    "cispo_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "cpo_loss",
@@ -90,6 +91,7 @@ __all__ = [
     "gae",
     "generate",
     "group_relative",
+    "gspo_loss",
     "init_ppo_state",
     "init_reward_head",
     "init_train_state",

@@ -16,7 +16,7 @@ from rlhf_jax.functional.masking import (
     positions_from_segments,
     shift_right,
 )
-from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.functional.policy_losses import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss
 from rlhf_jax.functional.preference_losses import (
     cpo_loss,
     dpo_loss,
@@ -44,6 +44,7 @@ __all__ = [
     "adaptive_kl_coef",
     "best_of_k_loss",
     "bradley_terry_loss",
+    "cispo_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
     "cpo_loss",
@@ -51,6 +52,7 @@ __all__ = [
     "entropy",
     "gae",
     "group_relative",
+    "gspo_loss",
     "ipo_loss",
     "k1",
     "k2",

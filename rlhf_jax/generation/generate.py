@@ -30,7 +30,7 @@ def generate(
     key: jax.Array,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | None,
     pad_id: int,
     temperature: float | jax.Array = 1.0,
     top_k: int = 0,
@@ -46,7 +46,7 @@ def generate(
       prompts: left-padded `[B, P]`.
       key: consumed. The same key gives the same samples, a fresh key fresh ones.
       max_new_tokens: N; the result has `T = P + N` columns.
-      eos_id: ends a row. It is part of the completion.
+      eos_id: ends a row. It is part of the completion. None: rows end at their limit only.
       pad_id: fills the columns after the end. Masks come from lengths, so it may equal `eos_id`.
       temperature, top_k, top_p: see `sample_token`. Policy-gradient rollouts leave the filters off.
       samples_per_prompt: K; row `b * K + k` of the result is sample k of prompt b.
@@ -69,7 +69,7 @@ def generate(
 
     def write(loop: _Loop, tokens: jax.Array, logprobs: jax.Array, cache: Cache) -> _Loop:
         live = ~loop.stopped
-        ended = loop.ended | (live & (tokens == eos_id))
+        ended = loop.ended if eos_id is None else loop.ended | (live & (tokens == eos_id))
         at = (0, loop.step)
         return _Loop(
             step=loop.step + 1,

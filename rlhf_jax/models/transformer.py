@@ -37,6 +37,8 @@ class TransformerConfig:
     """Compute dtype of the matrix products. Norms, softmax and logits are float32 whatever it is."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
+    unroll: int = 1
+    """Layers per step of the loop over layers; more is faster while they are few and small, and slower to compile."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -152,7 +154,8 @@ def hidden(
         layer = jax.checkpoint(layer)
     x = params["embedding"][tokens].astype(config.dtype)
     carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    (x, keys, values), _ = jax.lax.scan(layer, carry, (params["layers"], jnp.arange(config.num_layers)))
+    scanned = (params["layers"], jnp.arange(config.num_layers))
+    (x, keys, values), _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
     x = rms_norm(x.astype(jnp.float32), params["final_norm"], config.norm_eps)
     if cache is None:
         return x, None

@@ -10,6 +10,7 @@ import hh_criteria
 import hh_data
 import hh_render
 import hh_report
+import hh_rl
 import pytest
 import reward_model
 import rlhf
@@ -76,6 +77,7 @@ def test_report_holds_what_was_promised(config, result):
     assert set(stored["controls"]) == {"kl_coef_1e3", "shuffled_labels"}
     assert list(stored["criteria"]) == ["i", "ii", "iii", "iv", "v", "vi", "vii"]
     assert stored["criteria"]["vii"]["passed"]
+    assert {run["tokens"]["mean"] for run in stored["runs"].values()} == {TINY.reply_length}
     assert set(stored["runs"]) == {"sft", "w0", "w0.5", "w1", "ptx", "kl_coef_1e3", "shuffled_0", "shuffled_1"}
     assert abs(stored["runs"]["sft"]["kl"]["mean"]) < 1e-4
     assert (config.run / "curves.png").stat().st_size > 0
@@ -109,6 +111,19 @@ def test_length_blind_pairs_show_no_length(config, result):
     sizes = rows.segment_ids.sum(axis=2)
     assert (sizes[:, 0] == sizes[:, 1]).all()
     assert not (rows.tokens == data.tokenizer.eos_id).any()
+
+
+def test_act_3_stops_at_its_target(config, result):
+    """With a target out of reach it goes on to the last iteration; with one that the first update passes it does not."""
+    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
+    job = hh_data.Job(config.run, True, 0, config.data_dir, TINY)
+    steps = {}
+    for target in (1e3, 1e-3):
+        numbers = dataclasses.replace(TINY.ppo, kl_target=target, num_iterations=3, learning_rate=0.1)
+        hh_rl.play(job, data, hh_rl.RLRun(f"target{target}", (("harmless", 1.0),), numbers))
+        rows = read_json_lines(config.run / "metrics.jsonl")
+        steps[target] = sum(row["stage"] == f"ppo_target{target}" for row in rows)
+    assert steps == {1e3: 3, 1e-3: 2}
 
 
 def test_resume_plays_nothing_again_and_a_run_is_not_overwritten(config, result, capsys):
@@ -181,7 +196,7 @@ def report_by_hand(
     marker=(0.3, 0.15, 0.1, 0.05), kl=(5, 5, 5), wins=(0.6, 0.6), bars=(0.5, 0.5), nll=(4, 5, 4.2), stiff=0.01
 ):
     """`marker` of w0, sft, w0.5 and w1; `nll` of sft, w0 and ptx."""
-    run = {"matched_win": {"harmless": value(0.5), "helpful": value(0.5)}, "nll": nll[0]}
+    run = {"win": {"harmless": value(0.5), "helpful": value(0.5)}, "nll": nll[0]}
     runs = {
         "w0": {**run, "marker": value(marker[0]), "kl": value(kl[0]), "nll": nll[1]},
         "sft": {**run, "marker": value(marker[1])},
@@ -190,9 +205,9 @@ def report_by_hand(
         "ptx": {**run, "nll": nll[2]},
         "kl_coef_1e3": {**run, "marker": value(marker[1] + 0.01), "kl": value(stiff)},
     }
-    runs["w0"]["matched_win"] = {"harmless": value(wins[0])}
-    runs["w1"]["matched_win"] = {"helpful": value(wins[1])}
-    null = {d: {"matched_win": {"percentile_95": bar}} for d, bar in zip(("harmless", "helpful"), bars, strict=True)}
+    runs["w0"]["win"] = {"harmless": value(wins[0])}
+    runs["w1"]["win"] = {"helpful": value(wins[1])}
+    null = {d: {"win": {"percentile_95": bar}} for d, bar in zip(("harmless", "helpful"), bars, strict=True)}
     return {"kl_target": 5.0, "runs": runs, "controls": {"shuffled_labels": null}}
 
 
@@ -240,12 +255,13 @@ def reply(run, prompt, tokens, harmless):
 
 
 def test_win_rates_by_hand():
-    sft = [reply("sft", "p", 3, 0.0), reply("sft", "p", 5, 2.0), reply("sft", "q", 4, 1.0)]
-    mine = [reply("w0", "p", 3, 1.0), reply("w0", "q", 9, 1.0)]
-    assert hh_report.prompt_win_rate(mine, sft, "harmless", matched=False).mean == 0.5
-    matched = hh_report.prompt_win_rate(mine, sft, "harmless", matched=True)
-    assert (matched.mean, matched.n) == (1.0, 1)
-    assert hh_report.prompt_win_rate(mine[1:], sft, "harmless", matched=True) is None
+    """p: one win of two; q: one tie and two wins."""
+    sft = [reply("sft", "p", 3, 0.0), reply("sft", "p", 3, 2.0), *(reply("sft", "q", 4, x) for x in (1.0, 0.0, 0.5))]
+    mine = [reply("w0", "p", 3, 1.0), reply("w0", "q", 4, 1.0)]
+    rate = hh_report.prompt_win_rate(mine, sft, "harmless")
+    assert (rate.mean, rate.n) == (pytest.approx((1 / 2 + 5 / 6) / 2), 2)
+    with pytest.raises(ValueError, match="prompt q: replies of 9 and 4 tokens"):
+        hh_report.prompt_win_rate([reply("w0", "q", 9, 1.0)], sft, "harmless")
 
 
 @pytest.mark.parametrize("folder", [None, "empty"])

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from functional.ragged import B, T, normals
+from functional.ragged import MASK, B, T, normals
 
-from rlhf_jax.functional import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.functional import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss
 
 OLD, ADVANTAGES = normals(0, B, T), normals(1, B, T)
 LOGPROBS = OLD + 0.4 * normals(2, B, T)
@@ -72,3 +72,54 @@ def test_value_gradient_is_the_error_until_the_clip_holds():
 def test_value_loss_at_the_old_values_is_half_the_squared_error():
     old, returns = as_arrays(OLD, ADVANTAGES)
     np.testing.assert_allclose(clipped_value_loss(old, old, returns), 0.5 * (OLD - ADVANTAGES) ** 2, rtol=1e-5)
+
+
+def test_dual_clip_bounds_bad_tokens_that_became_likely():
+    arguments = as_arrays(OLD + 4 * normals(2, B, T), OLD, ADVANTAGES)
+    plain, bounded = clipped_policy_loss(*arguments), clipped_policy_loss(*arguments, dual_clip=3.0)
+    ratio = np.exp(np.float64(arguments[0]) - OLD)
+    far = (ADVANTAGES < 0) & (ratio > 3)
+    assert 3 < far.sum() < B * T - 3
+    np.testing.assert_allclose(bounded, np.where(far, -3 * ADVANTAGES, plain), rtol=1e-6)
+    assert not np.any(np.asarray(policy_gradient(*arguments, dual_clip=3.0))[far])
+    assert np.all(np.asarray(policy_gradient(*arguments))[far])
+
+
+def gspo_by_sequence(logprobs, advantages, low, high):
+    """The paper's sequence form (eq. 5), row by row in plain jax: mean over the rows' tokens of a loss per row."""
+    total = 0.0
+    for b in range(B):
+        kept = np.flatnonzero(MASK[b])
+        if kept.size:
+            ratio = jnp.exp((logprobs[b, kept] - OLD[b, kept]).mean())
+            clipped = jnp.clip(ratio, 1 - low, 1 + high)
+            total = total + jnp.maximum(-advantages[b] * ratio, -advantages[b] * clipped)
+    return total
+
+
+def test_gspo_is_the_sequence_form():
+    """Value and gradient, with an advantage per row; rows with holes and padding, clipped and unclipped ones."""
+    logprobs, rows = jnp.asarray(OLD + 0.01 * normals(2, B, T)), jnp.asarray(ADVANTAGES[:, 0])
+    options = {"clip_low": 0.002, "clip_high": 0.003}
+
+    def by_tokens(logprobs):
+        advantages = jnp.broadcast_to(rows[:, None], (B, T))
+        losses = gspo_loss(logprobs, jnp.asarray(OLD), advantages, jnp.asarray(MASK), **options)
+        return (losses.sum(axis=1) / np.maximum(MASK.sum(axis=1), 1)).sum()
+
+    value, gradient = jax.value_and_grad(by_tokens)(logprobs)
+    expected, by_hand = jax.value_and_grad(lambda x: gspo_by_sequence(x, rows, 0.002, 0.003))(logprobs)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-5, atol=1e-7)
+    stopped = [not np.any(row) for row, kept in zip(np.asarray(gradient), MASK, strict=True) if kept.any()]
+    assert any(stopped)
+    assert not all(stopped)
+
+
+def test_cispo_weighs_and_never_drops():
+    logprobs, old, advantages = as_arrays(OLD + 2 * normals(2, B, T), OLD, ADVANTAGES)
+    weight = np.minimum(np.exp(np.float64(logprobs) - OLD), 2.0)
+    assert 3 < (weight == 2.0).sum() < B * T - 3
+    value, gradient = jax.value_and_grad(lambda x: cispo_loss(x, old, advantages, max_ratio=2.0).sum())(logprobs)
+    np.testing.assert_allclose(value, np.sum(-weight * ADVANTAGES * np.float64(logprobs)), rtol=1e-4)
+    np.testing.assert_allclose(gradient, -weight * ADVANTAGES, rtol=1e-5)

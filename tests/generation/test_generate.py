@@ -47,6 +47,14 @@ def test_lengths_masks_and_eos():
     assert 0 < np.asarray(out.ended).sum() < 32
 
 
+def test_without_eos_only_limits_end_a_row():
+    limits = jnp.asarray([6, 2] * 8)
+    out = sample(tiny.init_params(), tiny.prompts((3, 5) * 8), jax.random.key(1), limits, eos_id=None)
+    np.testing.assert_array_equal(out.completion_mask.sum(axis=1), limits)
+    assert not np.any(out.ended)
+    assert np.any(np.asarray(out.tokens)[np.asarray(out.completion_mask)] == tiny.EOS)  # a token like any other
+
+
 def test_pad_may_equal_eos():
     apart = sample(tiny.init_params(), tiny.prompts((3, 5) * 8), jax.random.key(1))
     same = sample(tiny.init_params(), tiny.prompts((3, 5) * 8), jax.random.key(1), pad_id=tiny.EOS)
