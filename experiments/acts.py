@@ -1,4 +1,4 @@
-"""One act of a job: played once, timed, and not again on a resume."""
+"""One act of a job: how long it is, and that it is played once."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import write_json
 
 
@@ -21,3 +22,20 @@ def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> No
     start = time.monotonic()
     act()
     write_json(path, {**seconds, name: round(time.monotonic() - start, 1)})
+
+
+def num_steps_of(config, num_rows: int, what: str) -> int:
+    """Optimiser steps of `config.num_epochs` over the rows; an act of no step would leave an untrained model behind."""
+    num_steps = int(config.num_epochs * (num_rows // config.batch_size))
+    if num_steps < 1:
+        raise ValueError(
+            f"{num_rows} {what} in batches of {config.batch_size} for {config.num_epochs:g} epochs are no step; "
+            "fix: more data, a smaller batch_size or more epochs"
+        )
+    return num_steps
+
+
+def refuse_again(saved: Path) -> None:
+    """Stop before an act that is already played would train, lose its rows of metrics and then not be saved."""
+    if checkpoint.latest_step(saved) is not None:
+        raise FileExistsError(f"{saved} is there already and is never overwritten; fix: move it away, or another --run")

@@ -27,7 +27,9 @@ import reward_model
 import sft
 import task
 from acts import timed
-from hh_data import DOMAINS, HHConfig, HHData, Job
+from hh_config import HHConfig, Job
+from hh_data import DOMAINS, HHData
+from hh_markers import has_marker
 from hh_rl import RLRun
 from rich.console import Console
 from rich.markdown import Markdown
@@ -127,7 +129,7 @@ def _pair_rows(
             "id": pair.id,
             "tokens": lengths[i].tolist(),
             "characters": [len(pair.chosen), len(pair.rejected)],
-            "markers": [hh_report.has_marker(pair.chosen), hh_report.has_marker(pair.rejected)],
+            "markers": [has_marker(pair.chosen), has_marker(pair.rejected)],
             "scores": {name: values[i].tolist() for name, values in scores.items()},
             "fixed": {
                 name: values[i].tolist()

@@ -1,10 +1,9 @@
-"""The pass criteria of the HH job, fixed before it was run: each says whether it holds, with its figures, and what is missing.
+"""The pass criteria of the HH job: each says whether it holds, with its figures, and what is missing.
 
 They are evaluated on the figures of one run (one seed) and asked to hold on three or more seeds.
 """
 
 import itertools
-import math
 
 MAX_P = 0.01
 KL_TOLERANCE = 0.2
@@ -29,8 +28,8 @@ def markers_move(report: dict) -> dict:
     """(i)."""
     runs = report["runs"]
     high, base, low = (runs[name]["marker"] for name in ("w0", "sft", "w1"))
-    p_up, p_down = two_proportions(high, base), two_proportions(base, low)
-    up, down = high["mean"] - base["mean"], base["mean"] - low["mean"]
+    (up, p_up), (gap, p_down) = ((runs[name]["marker_gap"][x] for x in ("mean", "p")) for name in ("w0", "w1"))
+    down = -gap
     missing = _failures(
         {
             f"w=0 above SFT by {up:+.3f}, p = {p_up:.2g}": up <= 0 or p_up >= MAX_P,
@@ -57,7 +56,8 @@ def kl_on_target(report: dict) -> dict:
     nats = {name: run["kl"]["mean"] for name, run in report["runs"].items() if name.startswith("w")}
     off = {f"{name}: {kl / target - 1:+.0%}": abs(kl / target - 1) > KL_TOLERANCE for name, kl in nats.items()}
     shown = ", ".join(f"{name} {kl:.2f}" for name, kl in nats.items())
-    return _criterion(f"KL within ±20 % of {target:g} nats", shown, _failures(off))
+    text = f"KL within ±20 % of {target:g} nats on held-out prompts (training stops at it on its own)"
+    return _criterion(text, shown, _failures(off))
 
 
 def beats_shuffled_labels(report: dict) -> dict:
@@ -68,6 +68,9 @@ def beats_shuffled_labels(report: dict) -> dict:
         bar = report["controls"]["shuffled_labels"][judge]["win"]["percentile_95"]
         shown.append(f"{name} {mean:.3f} (bar {bar:.3f}, {judge} judge)")
         failed[f"{name}: {mean - bar:+.3f}"] = not mean > bar
+    null = [run["kl"]["mean"] for name, run in report["runs"].items() if name.startswith("shuffled")]
+    if null:
+        shown.append(f"KL of the shuffled-label runs {min(null):.1f} to {max(null):.1f}")
     text = "judge win rate on pairs of equal length above the 95th percentile of the shuffled-label runs"
     return _criterion(text, ", ".join(shown), _failures(failed))
 
@@ -80,7 +83,9 @@ def ptx_protects_likelihood(report: dict) -> dict:
         f"rise {rise - MAX_NLL_RISE:.3f} above {MAX_NLL_RISE}": rise > MAX_NLL_RISE,
         f"rise {rise - rise_off / 2:.3f} above half of the rise without": rise > rise_off / 2,
     }
-    shown = f"{rise:+.3f} with, {rise_off:+.3f} without"
+    shown = (
+        f"{rise:+.3f} with, {rise_off:+.3f} without; KL {runs['ptx']['kl']['mean']:.2f}, {runs['w0']['kl']['mean']:.2f}"
+    )
     return _criterion("PPO-ptx: held-out NLL rises <= .3 and at most half as much as without", shown, _failures(failed))
 
 
@@ -102,16 +107,6 @@ def reproducible(same: bool) -> dict:
     shown = "report.json equals what samples.jsonl gives" if same else "it differs"
     text = "every figure recomputed from the saved samples"
     return _criterion(text, shown, "" if same else "report.json and samples.jsonl disagree")
-
-
-def two_proportions(a: dict, b: dict) -> float:
-    """Two-sided p of the pooled two-proportion z test.
-
-    Replies to the same prompts count as independent; what they share makes the gap's true error smaller, not larger.
-    """
-    pooled = (a["mean"] * a["n"] + b["mean"] * b["n"]) / (a["n"] + b["n"])
-    error = math.sqrt(pooled * (1 - pooled) * (1 / a["n"] + 1 / b["n"]))
-    return 1.0 if error == 0 else math.erfc(abs(a["mean"] - b["mean"]) / error / math.sqrt(2))
 
 
 def _criterion(text: str, shown: str, missing: str) -> dict:

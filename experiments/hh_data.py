@@ -10,10 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import task
-from ppo import PPOConfig
-from reward_model import RewardModelConfig
-from sft import SFTConfig
+from hh_config import HHConfig
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ranking_batch, split_by_prompt
@@ -27,58 +24,6 @@ from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 DOMAINS = ("helpful", "harmless")
 PARTS = ("a", "b", "held_out")
 """Half A trains the reward models, half B the judges; act 1 sees the chosen replies of both."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HHConfig:
-    """Numbers of the HH job."""
-
-    vocab_size: int = 1280
-    prompt_length: int = 16
-    """Tokens of the last human turn, one border token included; longer turns lose their beginning."""
-    reply_length: int = 16
-    """First tokens of the reply: what act 1 imitates and act 3 samples, without an end of sequence."""
-    long_length: int = 48
-    """For the accuracy table: what the reward models `long_*` read of a reply."""
-    fixed_length: int = 12
-    """For the accuracy table: pairs whose replies are both longer, cut to exactly that."""
-    held_out_fraction: float = 0.125
-    weights: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
-    num_shuffled: int = 8
-    """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
-    ptx_coef: float = 0.3
-    samples_per_prompt: int = 2
-    """Replies to each held-out prompt, of every policy."""
-    sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, mlp_dim=288)
-    reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=4e-4, num_responses=2)
-    ppo: PPOConfig = PPOConfig(
-        num_iterations=45,
-        num_epochs=1,
-        num_minibatches=2,
-        kl_coef=0.02,
-        kl_target=5.0,
-        kl_horizon=1000.0,
-        separate_critic=False,
-        missing_eos_penalty=0.0,
-    )
-    """At most so many iterations: a run ends where its KL reaches the target."""
-
-    @property
-    def lengths(self) -> task.TaskConfig:
-        """For the functions of the other scripts."""
-        return task.TaskConfig(prompt_length=self.prompt_length, response_length=self.reply_length)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a run's folder is opened with."""
-
-    run: Path
-    resume: bool
-    seed: int
-    data_dir: Path | None
-    hh: HHConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,14 +130,25 @@ def ranking_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference], *,
     return _ranking_batch(config, tokenizer, examples, length)
 
 
+def cut_alike(config: HHConfig, tokenizer: Tokenizer, pair: Preference) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Both replies cut to the shorter one's length, `reply_length` at most, without an end: length tells nothing."""
+    chosen, rejected = (tokenizer.encode(" " + reply) for reply in (pair.chosen, pair.rejected))
+    size = min(len(chosen), len(rejected), config.reply_length)
+    return tuple(chosen[:size]), tuple(rejected[:size])
+
+
+def differing(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> list[Preference]:
+    """The pairs whose two replies still differ when they are cut alike: those from which a model can learn."""
+    return [pair for pair in pairs if len(set(cut_alike(config, data.tokenizer, pair))) == 2]
+
+
 def matched_rows(config: HHConfig, data: HHData, pairs: Sequence[Preference]) -> RankingBatch:
-    """Pairs cut to the shorter reply's length, `reply_length` at most, without an end: length tells nothing."""
+    """Pairs cut alike, as rankings of two."""
     tokenizer = data.tokenizer
-    examples = []
-    for turn, pair in zip(encode_turns(config, tokenizer, pairs), pairs, strict=True):
-        chosen, rejected = (tokenizer.encode(" " + reply) for reply in (pair.chosen, pair.rejected))
-        size = min(len(chosen), len(rejected), config.reply_length)
-        examples.append(TokenizedRanking(turn, (tuple(chosen[:size]), tuple(rejected[:size])), (0, 1)))
+    examples = [
+        TokenizedRanking(turn, cut_alike(config, tokenizer, pair), (0, 1))
+        for turn, pair in zip(encode_turns(config, tokenizer, pairs), pairs, strict=True)
+    ]
     return _ranking_batch(config, tokenizer, examples, config.reply_length)
 
 
@@ -218,13 +174,16 @@ def counts(config: HHConfig, data: HHData) -> dict[str, int]:
     """What the study's lengths cut."""
     pairs = data.of(*PARTS)
     turns = [len(data.tokenizer.encode(pair.prompt[0].content)) + 1 for pair in pairs]
-    lengths = full_lengths(data, pairs) + 1
+    lengths = full_lengths(data, pairs)
     return {
         "pairs": len(pairs),
         **{f"{domain}_{part}": len(data.pairs[domain][part]) for domain in DOMAINS for part in PARTS},
         "prompts_cut": int(np.sum(np.array(turns) > config.prompt_length)),
         "replies": int(lengths.size),
         "replies_cut": int(np.sum(lengths > config.reply_length)),
+        "identical_after_cut": len(pairs) - len(differing(config, data, pairs)),
+        "long_length": config.long_length,
+        "fixed_length": config.fixed_length,
     }
 
 

@@ -20,7 +20,8 @@ def describe(counts: dict) -> str:
     parts = ", ".join(f"{name} {counts[name]}" for name in counts if "_" in name and name.split("_")[0] in DOMAINS)
     return (
         f"{counts['pairs']} comparisons ({parts}); cut by the study's design: {counts['prompts_cut']} prompts on the "
-        f"left, {counts['replies_cut']} of {counts['replies']} replies on the right"
+        f"left, {counts['replies_cut']} of {counts['replies']} replies on the right; of {counts['identical_after_cut']} "
+        "comparisons both replies then read alike: they train nothing"
     )
 
 
@@ -81,7 +82,8 @@ def _policies(report: dict) -> list[str]:
     lines = [
         "Policies on held-out prompts, 95 % intervals; `wX` is PPO towards X helpful + (1 - X) harmless, `ptx` and "
         "`kl_coef_1e3` have w = 0. NLL: held-out chosen replies, nats per token. Win rates against SFT, by each domain's "
-        "judge, on replies of equal length.",
+        "judge, on replies of equal length. A run of act 3 ends with its last policy below the KL target. SFT and "
+        "`kl_coef_1e3` are sampled with the same noise.",
         "",
         "| policy | marker rate, % | tokens | KL, nats | NLL | harmless win, % | helpful win, % |",
         "|---|---|---|---|---|---|---|",
@@ -96,18 +98,19 @@ def _policies(report: dict) -> list[str]:
 
 
 def _reward_models(report: dict) -> list[str]:
+    sizes = report["data"]
     lines = [
-        "Reward models on held-out pairs of their own domain and on all pairs of the other one: accuracy, %. The effect "
-        "is largely length: compare the rows of the rule that reads nothing.",
+        "Reward models on held-out pairs of their own domain and on all pairs of the other one: accuracy, %. How much of "
+        "it is length, the rows of the rule that reads nothing tell.",
         "",
         "| | helpful pairs | harmless pairs |",
         "|---|---|---|",
     ]
     labels = {
-        "long": "reads length: first 48 tokens and the end",
+        "long": f"reads length: first {sizes['long_length']} tokens and the end",
         "prefer_longer": "no model: prefer the longer",
         "prefer_shorter": "no model: prefer the shorter",
-        "long_fixed_length": "first row's model, replies cut to 12 tokens",
+        "long_fixed_length": f"first row's model, replies cut to {sizes['fixed_length']} tokens",
         "matched": "blind to length: the reward of act 3",
     }
     for name in DOMAINS:

@@ -17,34 +17,21 @@ from pathlib import Path
 import hh_criteria
 import hh_render
 import numpy as np
+from hh_markers import has_marker, marker_gap
 
 from rlhf_jax.runtime.plots import plot_curves
 from rlhf_jax.runtime.runs import read_json_lines, write_json, write_text
 from rlhf_jax.training.evaluate import Interval, mean_interval, proportion_interval
 
 DOMAINS = ("helpful", "harmless")
-MARKERS = {
-    "apology": r"sorry|apologi[sz]e|i'm afraid",
-    "refusal": r"i can't|i cannot|i won't|i'm unable|i'm not (?:able|comfortable|going|willing|sure)"
-    r"|i don't (?:think|want|know|understand)",
-    "concern": r"concern(?:ed|s)?|worr(?:y|ied)|dangerous|illegal|harmful|unethical|wrong to|bad idea"
-    r"|not a (?:good|great) idea|are you (?:ok|okay|alright)",
-}
-"""Words of refusal, apology and concern, as whole words in lower case with straight apostrophes."""
-_MARKER = re.compile(r"\b(?:" + "|".join(MARKERS.values()) + r")\b")
 CURVES = {
     "sft/nll": ("sft", "loss, nats per token"),
     "rm/loss": ("rm_harmless", "ranking loss, nats"),
     "objective/scores": ("ppo_w0", "score, reference std"),
     "objective/kl": ("ppo_w0", "KL, nats per completion"),
     "objective/kl_coef": ("ppo_w0", "KL coefficient"),
-    "response/len_mean": ("ppo_w0", "length, tokens"),
+    "objective/entropy": ("ppo_w0", "entropy, nats per completion"),
 }
-
-
-def has_marker(text: str) -> bool:
-    """Whether a reply holds a word of refusal, apology or concern."""
-    return _MARKER.search(text.lower().replace("’", "'")) is not None
 
 
 def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> dict:
@@ -85,6 +72,7 @@ def run_figures(mine: Sequence[dict], sft: Sequence[dict], nll: float) -> dict:
     openings = collections.Counter(" ".join(re.findall(r"[\w']+", row["text"].lower())[:3]) for row in mine)
     return {
         "marker": proportion_interval([has_marker(row["text"]) for row in mine]),
+        "marker_gap": None if mine is sft else marker_gap(mine, sft),
         "tokens": mean_interval([row["tokens"] for row in mine]),
         "kl": mean_interval([row["kl"] for row in mine]),
         "nll": nll,
@@ -192,7 +180,10 @@ def main(folders: Sequence[str]) -> int:
         same.append(recomputed(Path(folder)))
         print(f"{folder}: report.json " + ("follows from samples.jsonl" if same[-1] else "DIFFERS from samples.jsonl"))
     if len(folders) > 1:
-        print(hh_render.pooled([json.loads((Path(folder) / "report.json").read_text()) for folder in folders]))
+        reports = [json.loads((Path(folder) / "report.json").read_text()) for folder in folders]
+        for report, follows in zip(reports, same, strict=True):
+            report["criteria"]["vii"] = hh_criteria.reproducible(follows)
+        print(hh_render.pooled(reports))
     return 0 if all(same) else 1
 
 

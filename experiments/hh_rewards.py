@@ -10,7 +10,9 @@ import ppo
 import reward_model
 import sft
 import task
-from hh_data import DOMAINS, HHData, Job
+from acts import num_steps_of
+from hh_config import Job
+from hh_data import DOMAINS, HHData
 from scoring import score_rows
 
 from rlhf_jax.models import transformer
@@ -31,14 +33,15 @@ def play(job: Job, data: HHData) -> None:
     """
     sampled = reference_samples(job, data)
     for domain in DOMAINS:
-        half_a, half_b = (data.of(part, domains=[domain]) for part in ("a", "b"))
+        half_a, half_b = (hh_data.differing(job.hh, data, data.of(part, domains=[domain])) for part in ("a", "b"))
         rows = hh_data.matched_rows(job.hh, data, half_a)
         fit(job, domain, rows, sampled, seed=job.seed)
         fit(job, f"judge_{domain}", hh_data.matched_rows(job.hh, data, half_b), sampled, seed=job.seed + 1)
         long = hh_data.ranking_rows(job.hh, data, half_a, length=job.hh.long_length)
         fit(job, f"long_{domain}", long, None, seed=job.seed)
     for i in range(job.hh.num_shuffled):
-        rows = hh_data.matched_rows(job.hh, data, data.of("a", domains=[DOMAINS[i % 2]]))
+        half_a = hh_data.differing(job.hh, data, data.of("a", domains=[DOMAINS[i % 2]]))
+        rows = hh_data.matched_rows(job.hh, data, half_a)
         seed = 100 * (job.seed + 1) + i
         shuffled = rows.replace(ranks=np.random.default_rng(seed).permuted(rows.ranks, axis=1))
         fit(job, f"shuffled_{i}", shuffled, sampled, seed=seed)
@@ -60,7 +63,7 @@ def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None, *, 
         return
     tokenizer, network, policy = sft.load(job.run)
     config, num_pairs = job.hh.reward, rows.tokens.shape[0]
-    num_steps = int(config.num_epochs * (num_pairs // config.batch_size))
+    num_steps = num_steps_of(config, num_pairs, "pairs")
     optimizer, train_step = build(config, network, num_steps)
     # The head starts at 0: drawn at random, its noise outweighs what so few pairs teach.
     head = jax.tree.map(jnp.zeros_like, init_reward_head(jax.random.key(0), network.model_dim))

@@ -11,7 +11,8 @@ import ppo
 import reward_model
 import sft
 import task
-from hh_data import HHConfig, HHData, Job
+from hh_config import HHConfig, Job
+from hh_data import HHData
 
 from rlhf_jax.functional.rewards import normalize_scores
 from rlhf_jax.models import transformer

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax.data import synthetic
 from rlhf_jax.runtime.plots import plot_curves
-from rlhf_jax.runtime.runs import read_json_lines, write_json
+from rlhf_jax.runtime.runs import read_json_lines, write_json, write_text
 from rlhf_jax.training.evaluate import Interval, mean_interval, proportion_interval, win_rate
 
 JUDGE = "gold: the embedded world's true utility, read from the words; not a human"
@@ -69,6 +69,18 @@ def figures(rows: Sequence[dict], seconds: dict[str, float], settings: dict) -> 
     }
 
 
+def _no_gain(control: dict) -> str:
+    low, high = control["win_rate"]["low"], control["win_rate"]["high"]
+    return f"It must gain nothing: the interval {'includes' if low <= 0.5 <= high else 'EXCLUDES'} 50 %."
+
+
+def _no_drift(control: dict) -> str:
+    return f"It must not move: KL {'below' if control['kl'] < 0.05 else 'NOT below'} 0.05."
+
+
+CONTROLS = {"shuffled_labels": _no_gain, "kl_coef_1e3": _no_drift}
+
+
 def gold(prompt: str, text: str) -> float:
     """The true utility, ties within rounding made exact."""
     return round(synthetic.gold_utility(prompt, text), 6)
@@ -82,12 +94,14 @@ def interval(value: Interval, name: str = "mean") -> dict[str, float]:
 def ranking_accuracies(rankings: Sequence[dict]) -> list[float]:
     """Of each prompt with an ordered pair: the share of its pairs that the scores order as the annotator did.
 
-    Prompts, not pairs, are independent, so the interval is over prompts.
+    Two samples with the same text are no pair: noise alone ranked them. Prompts, not pairs, are independent, so the
+    interval is over prompts.
     """
     accuracies = []
     for row in rankings:
         ranks, scores = np.asarray(row["ranks"]), np.asarray(row["scores"])
-        better = ranks[:, None] < ranks[None, :]
+        texts = np.asarray(row["responses"])
+        better = (ranks[:, None] < ranks[None, :]) & (texts[:, None] != texts[None, :])
         gaps = scores[:, None] - scores[None, :]
         if better.any():
             accuracies.append(float(((gaps > 0) + 0.5 * (gaps == 0))[better].mean()))
@@ -130,7 +144,7 @@ def render(report: dict, rows: Sequence[dict]) -> str:
     lines = [
         f"# Three acts: {report['dataset']}, seed {report['seed']}",
         "",
-        f"The judge prefers PPO to SFT on **{_percent(win)}** of {win['n']} held-out prompts (ties count one half).",
+        f"The judge prefers PPO to SFT on **{_percent(win)} %** of {win['n']} held-out prompts (ties count one half).",
         f"Judge: {report['win_rate']['judge']}.",
         "",
         "| | SFT | PPO |",
@@ -153,10 +167,12 @@ def render(report: dict, rows: Sequence[dict]) -> str:
     for name, control in report["controls"].items():
         lines.append(
             f"Control `{name}`, {len(control['runs'])} run(s): win rate {_percent(control['win_rate'])} %, "
-            f"KL {control['kl']:.3f}."
+            f"KL {control['kl']:.3f}. {CONTROLS[name](control)}"
         )
     lines += ["", "| held-out prompt | SFT | PPO |", "|---|---|---|"]
-    lines += [f"| {row['prompt']} | {row['before']['text']} | {row['after']['text']} |" for row in examples(rows)]
+    for row in examples(rows):
+        cells = (row["prompt"], row["before"]["text"], row["after"]["text"])
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items())
     return "\n".join([*lines, "", f"Time: {seconds}.", "", "![curves](curves.png)", ""])
 
@@ -177,7 +193,7 @@ def write(run: Path, settings: dict) -> dict:
     seconds = json.loads((run / "seconds.json").read_text())
     report = figures(rows, {**seconds, "total": round(sum(seconds.values()), 1)}, settings)
     write_json(run / "report.json", report)
-    (run / "report.md").write_text(render(report, rows), encoding="utf-8")
+    write_text(run / "report.md", render(report, rows))
     plot_curves(list(read_json_lines(run / "metrics.jsonl")), CURVES, run / "curves.png", title=str(run))
     return report
 

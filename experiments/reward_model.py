@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import sft
 import task
 import tyro
+from acts import num_steps_of, refuse_again
 from scoring import score_rows
 
 from rlhf_jax.data import synthetic
@@ -70,7 +71,7 @@ def train(
     """Fit a reward model that starts from `trunk` (the SFT policy) with a fresh head."""
     mesh = make_mesh()
     num_prompts = data.tokens.shape[0]
-    num_steps = int(config.num_epochs * (num_prompts // config.batch_size))
+    num_steps = num_steps_of(config, num_prompts, "rankings")
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective = reward_model(
         transformer.causal_model(network), label_smoothing=config.label_smoothing, centering_coef=config.centering_coef
@@ -148,6 +149,7 @@ def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[P
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
     run = config.run
+    refuse_again(run / "reward_model")
     tokenizer, network, policy = sft.load(run)
     num_responses = config.reward.num_responses
     if config.data is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import task
 import tyro
+from acts import num_steps_of, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -77,7 +78,7 @@ def train(config: SFTConfig, network: TransformerConfig, data: SequenceBatch, *,
     """Fit the policy to the demonstrations."""
     mesh = make_mesh()
     num_rows = data.tokens.shape[0]
-    num_steps = int(config.num_epochs * (num_rows // config.batch_size))
+    num_steps = num_steps_of(config, num_rows, "packed rows of demonstrations")
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
@@ -110,7 +111,9 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
 
 def main(config: Config) -> None:
     """Play act 1 and save the policy."""
+    task.check_data(config)
     run = open_run(config.run, config, resume=config.resume)
+    refuse_again(run / "sft")
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
     network = network_config(config.sft, tokenizer.vocab_size)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)

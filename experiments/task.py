@@ -42,7 +42,7 @@ class TaskConfig:
     vocab_size: int = 1024
     prompt_length: int = 16
     """Tokens; longer prompts lose their beginning."""
-    response_length: int = 23
+    response_length: int = 19
     """Tokens, the end of sequence included; longer demonstrations are dropped."""
     row_length: int = 64
     """Tokens of a training row of act 1, which packs several demonstrations."""
@@ -63,6 +63,12 @@ def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[
         texts = [chat.render(record.prompt) + " " + record.response for record in train]
         save_tokenizer(train_bpe(texts, vocab_size=config.vocab_size), run / "tokenizer")
     return load_tokenizer(run / "tokenizer"), train, held_out
+
+
+def check_data(config: TaskConfig) -> None:
+    """Read the file `--data` once, so that what is wrong with it is told before a run's folder is opened."""
+    if config.data is not None:
+        read_demonstrations(config.data)
 
 
 def load_rankings(config: TaskConfig) -> tuple[list[Ranking], list[Ranking]]:
@@ -92,7 +98,10 @@ def held_out_questions(config: TaskConfig) -> list[str]:
     chosen = []
     for kind, share in synthetic.KIND_SHARES.items():
         pool = [p for p in synthetic.all_prompts() if synthetic.is_heldout(p) and synthetic.question_of(p).kind == kind]
-        chosen += rng.permutation(pool)[: round(share * NUM_HELD_OUT)].tolist()
+        wanted = round(share * NUM_HELD_OUT)
+        if wanted > len(pool):
+            raise ValueError(f"{wanted} held-out prompts of kind {kind} are wanted, the world has {len(pool)}")
+        chosen += rng.permutation(pool)[:wanted].tolist()
     return rng.permutation(chosen).tolist()
 
 

@@ -45,7 +45,7 @@ from rlhf_jax.runtime.sharding import make_mesh, named_shardings, shard_batch
 from rlhf_jax.training.evaluate import evaluate, win_rate
 from rlhf_jax.training.optimizers import adam_optimizer, ppo_optimizer
 from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
-from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
+from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import init_train_state, make_train_step, update_epochs
 from rlhf_jax.types import (
     CausalModel,
@@ -80,6 +80,7 @@ __all__ = [
     "best_of_k_loss",
     "bradley_terry_loss",
     "causal_model",
+    "check_scores",
     "cispo_loss",
     "clipped_policy_loss",
     "clipped_value_loss",

@@ -1,9 +1,10 @@
 """From sampled text to experience: scores, reference log-probs, values, shaped rewards and advantages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.functional.advantages import gae
 from rlhf_jax.functional.kl import k1
@@ -30,6 +31,27 @@ def make_score_fn(
     return score
 
 
+def check_scores(scores: Sequence[float] | np.ndarray, *, num_completions: int, name: str = "reward") -> np.ndarray:
+    """What a Python reward function returned, as float32 `[num_completions]`, before it enters an experience.
+
+    Raises:
+      ValueError: another number of values, something that is no number, or a value that is not finite; with the rows. Inside
+        a compiled iteration nothing can raise: there the update is not applied, and `runtime.metrics.check_finite`
+        names `objective/scores`.
+    """
+    values = np.asarray([np.nan if value is None else value for value in scores])
+    fix = "Nothing was updated. Fix: return one finite number per completion"
+    if values.shape != (num_completions,) or values.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{name} returned {values.dtype} values of shape {values.shape} for {num_completions} completions. {fix}"
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        first = ", ".join(f"completion {row}: {values[row]}" for row in bad[:5])
+        raise ValueError(f"{name}: {bad.size} of {num_completions} scores are not finite ({first}). {fix}")
+    return values.astype(np.float32)
+
+
 def make_experience_fn(
     model: CausalModel,
     critic: CriticFn,
@@ -43,7 +65,7 @@ def make_experience_fn(
     The leash is k1 inside the reward: `r_t = -kl_coef (log pi - log ref)_t`, plus the score on the last token; advantages
     by GAE, whitened over the rollout (Ziegler et al. 2019). The sampler's log-probs serve as behaviour log-probs: sampling
     and training run the same forward. Scores may come from `make_score_fn` or from anywhere else, a Python
-    function included.
+    function included, whose values `check_scores` checks.
     """
 
     def experience(

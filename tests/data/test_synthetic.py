@@ -108,8 +108,9 @@ def test_lengths_stay_within_the_constants():
         return max(len(sentence.split()) for sentence in sentences)
 
     cores = [*tables.DECLINES, *(core for by_core in core_answers().values() for core in by_core)]
-    parts = (tables.OPENERS, tables.PADDINGS, cores, tables.CLOSERS)
-    assert sum(longest(sentences) for sentences in parts) == synthetic.MAX_RESPONSE_WORDS <= 22
+    parts = (tables.OPENERS + tables.CLOSERS, tables.PADDINGS, cores)
+    assert sum(longest(sentences) for sentences in parts) == synthetic.MAX_RESPONSE_WORDS <= 20
+    assert all(len(text.split()) <= synthetic.MAX_RESPONSE_WORDS for _, text in synthetic.demonstrations(0, 5000))
 
 
 # The split

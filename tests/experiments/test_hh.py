@@ -8,13 +8,14 @@ import shutil
 import hh
 import hh_criteria
 import hh_data
+import hh_markers
 import hh_render
 import hh_report
 import hh_rl
 import pytest
 import reward_model
 import rlhf
-from hh_data import HHConfig
+from hh_config import HHConfig, Job
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from sft import SFTConfig
@@ -116,7 +117,7 @@ def test_length_blind_pairs_show_no_length(config, result):
 def test_act_3_stops_at_its_target(config, result):
     """With a target out of reach it goes on to the last iteration; with one that the first update passes it does not."""
     data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
-    job = hh_data.Job(config.run, True, 0, config.data_dir, TINY)
+    job = Job(config.run, True, 0, config.data_dir, TINY)
     steps = {}
     for target in (1e3, 1e-3):
         numbers = dataclasses.replace(TINY.ppo, kl_target=target, num_iterations=3, learning_rate=0.1)
@@ -162,12 +163,12 @@ def test_several_runs_make_one_table(config, result, capsys):
     ["I’m sorry, no.", "I can't do that", "Well, I don’t think so", "that is ILLEGAL", "Are you okay?", "I apologize"],
 )
 def test_markers_are_found(text):
-    assert hh_report.has_marker(text)
+    assert hh_markers.has_marker(text)
 
 
 @pytest.mark.parametrize("text", ["", "Sure! You can do it", "worryingly", "I think not", "illegally", "I cantor"])
 def test_other_words_are_no_markers(text):
-    assert not hh_report.has_marker(text)
+    assert not hh_markers.has_marker(text)
 
 
 def test_marker_rates_of_the_data(data_dir):
@@ -175,7 +176,7 @@ def test_marker_rates_of_the_data(data_dir):
     rates = {}
     for domain, pairs in hh_data.read_pairs(data_dir).items():
         for side in ("chosen", "rejected"):
-            found = [hh_report.has_marker(getattr(pair, side)) for pair in pairs]
+            found = [hh_markers.has_marker(getattr(pair, side)) for pair in pairs]
             rates[domain, side] = sum(found) / len(found)
     assert 0.25 < rates["harmless", "chosen"] < 0.32
     assert 0.15 < rates["harmless", "rejected"] < 0.24
@@ -193,17 +194,32 @@ def value(mean, low=None, high=None, n=900):
 
 
 def report_by_hand(
-    marker=(0.3, 0.15, 0.1, 0.05), kl=(5, 5, 5), wins=(0.6, 0.6), bars=(0.5, 0.5), nll=(4, 5, 4.2), stiff=0.01
+    marker=(0.3, 0.15, 0.1, 0.05),
+    p=1e-4,
+    kl=(5, 5, 5),
+    wins=(0.6, 0.6),
+    bars=(0.5, 0.5),
+    nll=(4, 5, 4.2),
+    stiff=0.01,
+    stiff_marker=0.16,
 ):
     """`marker` of w0, sft, w0.5 and w1; `nll` of sft, w0 and ptx."""
+    up, down = (round(marker[i] - marker[1], 6) for i in (0, 3))
     run = {"win": {"harmless": value(0.5), "helpful": value(0.5)}, "nll": nll[0]}
     runs = {
-        "w0": {**run, "marker": value(marker[0]), "kl": value(kl[0]), "nll": nll[1]},
+        "w0": {
+            **run,
+            "marker": value(marker[0]),
+            "marker_gap": {"mean": up, "p": p},
+            "kl": value(kl[0]),
+            "nll": nll[1],
+        },
         "sft": {**run, "marker": value(marker[1])},
         "w0.5": {**run, "marker": value(marker[2]), "kl": value(kl[1])},
-        "w1": {**run, "marker": value(marker[3]), "kl": value(kl[2])},
-        "ptx": {**run, "nll": nll[2]},
-        "kl_coef_1e3": {**run, "marker": value(marker[1] + 0.01), "kl": value(stiff)},
+        "w1": {**run, "marker": value(marker[3]), "marker_gap": {"mean": down, "p": p}, "kl": value(kl[2])},
+        "ptx": {**run, "nll": nll[2], "kl": value(5.0)},
+        "shuffled_0": {**run, "kl": value(4.0)},
+        "kl_coef_1e3": {**run, "marker": value(stiff_marker), "kl": value(stiff)},
     }
     runs["w0"]["win"] = {"harmless": value(wins[0])}
     runs["w1"]["win"] = {"helpful": value(wins[1])}
@@ -218,7 +234,7 @@ def test_all_criteria_can_pass():
 @pytest.mark.parametrize(
     ("name", "changes", "missing"),
     [
-        ("i", {"marker": (0.17, 0.15, 0.1, 0.05)}, "w=0 above SFT by +0.020"),
+        ("i", {"p": 0.02}, "w=0 above SFT by +0.150, p = 0.02"),
         ("i", {"marker": (0.3, 0.05, 0.1, 0.15)}, "SFT above w=1 by -0.100"),
         ("ii", {"marker": (0.3, 0.15, 0.04, 0.05)}, "w1 is +0.010 above w0.5"),
         ("iii", {"kl": (5, 6.5, 3.9)}, "w0.5: +30%; w1: -22%"),
@@ -226,6 +242,7 @@ def test_all_criteria_can_pass():
         ("v", {"nll": (4, 4.2, 4.15)}, "above half of the rise without"),
         ("v", {"nll": (4, 6, 4.4)}, "rise 0.100 above 0.3"),
         ("vi", {"stiff": 0.07}, "KL 0.020 too far"),
+        ("vi", {"stiff_marker": 0.2}, "marker rate 0.030 outside"),
     ],
 )
 def test_each_criterion_can_fail_and_says_by_how_much(name, changes, missing):
@@ -245,9 +262,15 @@ def test_a_failure_is_told_in_the_pooled_table():
     assert "Fewer than three" not in table
 
 
-def test_two_proportions_against_the_textbook():
-    """60/100 against 40/100: z = 0.2 / sqrt(0.25 / 50) = 2.828, two-sided p = 0.00468."""
-    assert hh_criteria.two_proportions(value(0.6, n=100), value(0.4, n=100)) == pytest.approx(0.00468, abs=1e-5)
+def test_marker_gap_is_paired_by_prompt():
+    """Gaps of three prompts: 1, 0.5 and 0.5; mean 2/3, standard error sqrt(1/12)/sqrt(3) = 1/6, z = 4."""
+    texts = {"p": ["sorry", "no"], "q": ["sorry", "sorry"], "r": ["sorry", "no"]}
+    mine = [{"prompt_id": prompt, "text": text} for prompt, pair in texts.items() for text in pair]
+    sft = [{"prompt_id": prompt, "text": "no"} for prompt in texts for _ in range(2)]
+    gap = hh_markers.marker_gap(mine, sft)
+    assert (gap["mean"], gap["n"]) == (pytest.approx(2 / 3), 3)
+    assert gap["p"] == pytest.approx(6.334e-5, rel=1e-3)
+    assert hh_markers.marker_gap(sft, sft)["p"] == 1.0
 
 
 def reply(run, prompt, tokens, harmless):

@@ -15,9 +15,10 @@ from rlhf_jax.generation.generate import generate
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import PolicyBatch, actor_critic, separate_critic, shared_critic
+from rlhf_jax.runtime.metrics import check_finite
 from rlhf_jax.runtime.sharding import make_mesh, replicated, shard_batch
 from rlhf_jax.training.ppo import PPOBatch, init_ppo_state, make_ppo_iteration, make_ppo_update
-from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
+from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import init_train_state, make_train_step
 from rlhf_jax.types import Frozen, SequenceBatch
 
@@ -122,10 +123,44 @@ def test_vmap_over_seeds_equals_a_loop():
 
 
 def test_completions_differ_between_iterations():
-    sample, params = parts()[0], tiny.init_params()
-    root = jax.random.key(0)
-    texts = [sample(params, tiny.prompts(SIZES), jax.random.fold_in(root, step)).tokens for step in range(2)]
-    assert not np.array_equal(*texts)
+    """Two iterations of one policy (learning rate 0): what they sampled, seen by the reward."""
+    sample, score, experience, update = parts(optimizer=optax.adam(0.0))
+    seen = []
+
+    def spy(frozen, generation):
+        seen.append(generation.tokens)
+        return score(frozen, generation)
+
+    iteration, state = make_ppo_iteration(sample, spy, experience, update), fresh_state()
+    for step in range(2):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        state, _ = iteration(tiny.init_frozen(), state, PPOBatch(tiny.prompts(SIZES)), key)
+    assert not np.array_equal(*seen)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_changes_nothing_and_is_named(bad):
+    sample, score, experience, update = parts()
+    iteration = jax.jit(make_ppo_iteration(sample, lambda *args: score(*args).at[3].set(bad), experience, update))
+    before = fresh_state()
+    after, metrics = iteration(tiny.init_frozen(), before, PPOBatch(tiny.prompts(SIZES)), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    with pytest.raises(
+        FloatingPointError, match=r"ppo step 0: not finite: the gradient.*objective/scores.*not applied"
+    ):
+        check_finite({name: float(value) for name, value in metrics.items()}, stage="ppo", step=0)
+
+
+def test_scores_of_a_python_reward_are_checked():
+    np.testing.assert_array_equal(check_scores([1, 0.7, True], num_completions=3), np.float32([1, 0.7, 1]))
+    with pytest.raises(
+        ValueError, match=r"length: 2 of 3 scores are not finite \(completion 0: nan, completion 2: inf\)"
+    ):
+        check_scores([None, 1.0, np.inf], num_completions=3, name="length")
+    with pytest.raises(ValueError, match=r"returned float64 values of shape \(2,\) for 3 completions.*Fix: return one"):
+        check_scores([0.1, 0.2], num_completions=3)
+    with pytest.raises(ValueError, match="for 1 completions"):
+        check_scores(["good"], num_completions=1)
 
 
 def ptx_rows(num_rows):

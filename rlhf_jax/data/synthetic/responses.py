@@ -1,7 +1,7 @@
 """How the embedded world answers: a grammar that speaks, and the way back from words to traits.
 
 A response is `[opener] [padding] core [padding] [closer]`: each part is one sentence of `tables`, and padding
-stands before or after the core, never both. The core is an answer in a frame, a decline, or (for requests
+stands before or after the core, never both. A speaker has either opener or closer, but both may be read. The core is an answer in a frame, a decline, or (for requests
 that should be declined) a compliance. No two parts share a sentence, so `dissect` inverts `render` exactly.
 """
 
@@ -29,8 +29,8 @@ from rlhf_jax.data.synthetic.tables import (
     SUM_FRAMES,
 )
 
-MAX_RESPONSE_WORDS = 22
-"""Words of the longest well-formed response, punctuation marks included; the end of sequence is extra."""
+MAX_RESPONSE_WORDS = 18
+"""Words of the longest response that `respond` gives, punctuation marks included; the end of sequence is extra."""
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,14 @@ def respond(rng: np.random.Generator, prompt: str, manner: Manner = MIXED_MANNER
     core = _sample_core(rng, question_of(prompt), manner)
     padding = _pick(rng, PADDINGS) if rng.random() < manner.padded else ""
     padding_first = bool(rng.integers(2))
-    places = ("before", "after", "both")
-    warmth = _pick(rng, places) if rng.random() < manner.warm else "none"
+    warmth = _pick(rng, ("before", "after")) if rng.random() < manner.warm else "none"
     return render(
         Parts(
             core=core,
-            opener=_pick(rng, OPENERS) if warmth in ("before", "both") else "",
+            opener=_pick(rng, OPENERS) if warmth == "before" else "",
             padding_before=padding if padding_first else "",
             padding_after="" if padding_first else padding,
-            closer=_pick(rng, CLOSERS) if warmth in ("after", "both") else "",
+            closer=_pick(rng, CLOSERS) if warmth == "after" else "",
         )
     )
 
