@@ -17,6 +17,7 @@ import tyro
 from acts import num_steps_of, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.demonstrations import read_demonstrations
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
@@ -111,7 +112,8 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
 
 def main(config: Config) -> None:
     """Play act 1 and save the policy."""
-    task.check_data(config)
+    if config.data is not None:
+        read_demonstrations(config.data)  # what is wrong with the file is told before the run's folder is opened
     run = open_run(config.run, config, resume=config.resume)
     refuse_again(run / "sft")
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)

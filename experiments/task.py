@@ -65,12 +65,6 @@ def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[
     return load_tokenizer(run / "tokenizer"), train, held_out
 
 
-def check_data(config: TaskConfig) -> None:
-    """Read the file `--data` once, so that what is wrong with it is told before a run's folder is opened."""
-    if config.data is not None:
-        read_demonstrations(config.data)
-
-
 def load_rankings(config: TaskConfig) -> tuple[list[Ranking], list[Ranking]]:
     """Training and held-out rankings of the file `--data`; pairs count as rankings of two."""
     if config.data is None:

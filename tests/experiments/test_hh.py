@@ -307,6 +307,22 @@ def test_malformed_file_is_told_with_its_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", [{"controls": True}, {"vocab_size": 99}, {"num_shuffled": 9}])
+def test_options_without_effect_are_refused(tmp_path, option):
+    config = rlhf.Config(run=tmp_path / "run", dataset="hh", **option)
+    with pytest.raises(SystemExit, match=f"{next(iter(option))} would have no effect"):
+        hh.main(config)
+
+
+def test_pairs_that_read_alike_when_cut_teach_nothing(config, result):
+    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
+    pair = data.of("a")[0]
+    long = dataclasses.replace(pair, chosen="yes " * 20 + "a", rejected="yes " * 20 + "b")
+    assert hh_data.differing(TINY, data, [long, pair]) == [pair]
+    pairs = data.of(*hh_data.PARTS)
+    assert result["data"]["identical_after_cut"] == len(pairs) - len(hh_data.differing(TINY, data, pairs))
+
+
 def test_numbers_of_the_embedded_world_are_refused(tmp_path):
     config = rlhf.Config(run=tmp_path / "run", dataset="hh", reward=reward_model.RewardModelConfig(learning_rate=7.0))
     with pytest.raises(SystemExit, match="reward would have no effect"):

@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 
+import acts
+import ppo
 import pytest
 import report
 import reward_model
 import rlhf
+import sft
 import task
+import tyro
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from sft import SFTConfig
 
 from rlhf_jax.data import synthetic
+from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import read_json_lines
 
 KEYS = {"dataset", "seed", "seconds", "reward_model", "win_rate", "kl", "kl_target", "length", "nll", "controls"}
@@ -21,7 +27,7 @@ KEYS = {"dataset", "seed", "seconds", "reward_model", "win_rate", "kl", "kl_targ
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    for name, value in {"DEMONSTRATIONS": 400, "RANKINGS": 32, "PROMPTS": 128, "HELD_OUT": 24}.items():
+    for name, value in {"DEMONSTRATIONS": 400, "RANKINGS": 32, "PROMPTS": 128, "HELD_OUT": 20}.items():
         patch.setattr(task, f"NUM_{name}", value)
     patch.setattr(rlhf, "CACHE", None)
     network = SFTConfig(num_epochs=1, model_dim=16, num_heads=2, mlp_dim=16, num_layers=1)
@@ -53,14 +59,16 @@ def test_report_holds_what_was_promised(config, result):
     assert set(stored["seconds"]) >= {"sft", "reward_model", "ppo", "total"}
     assert set(stored["reward_model"]) >= {"accuracy", "low", "high", "n", "ceiling"}
     assert set(stored["win_rate"]) == {"mean", "low", "high", "n", "judge"}
-    assert stored["win_rate"]["n"] == 24
+    assert stored["win_rate"]["n"] == 20
     assert "not a human" in stored["win_rate"]["judge"]
     assert set(stored["controls"]) == {"shuffled_labels", "kl_coef_1e3"}
     assert len(stored["controls"]["shuffled_labels"]["runs"]) == 2
     for name in ("report.md", "curves.png", "metrics.jsonl", "samples.jsonl", "config.json"):
         assert (config.run / name).stat().st_size > 0
     text = (config.run / "report.md").read_text()
-    assert text.count("\n| ") >= 8 + len(report.TRAITS)
+    assert text.split("| held-out prompt |")[1].count("\n| ") == 8
+    assert "It must gain nothing: the interval " in text
+    assert "It must not move: KL below 0.05" in text
 
 
 def test_every_figure_follows_from_the_samples(config, result):
@@ -103,18 +111,63 @@ def test_an_interrupted_act_is_played_again(config, result):
     assert [row["step"] for row in rows if row["stage"] == "ppo"] == [0, 1]
 
 
-def test_scripts_of_single_acts_take_up_the_run(config, result, data_dir):
-    """Act 2 alone, on real rankings of two to nine responses."""
+def test_act_2_alone_reads_real_rankings(config, result, data_dir, tmp_path):
+    """Of two to nine responses; and where the lengths leave none of them, it says so."""
     path = data_dir / "rankings" / "oasst_en100.jsonl.gz"
     rankings, held_out = task.load_rankings(dataclasses.replace(config, data=path))
     assert rankings
     assert held_out
+    for part in ("sft", "tokenizer"):
+        shutil.copytree(config.run / part, tmp_path / part)
     with pytest.raises(ValueError, match="kept"):
         reward_model.main(
-            reward_model.Config(run=config.run, data=path, prompt_length=1, response_length=1, reward=config.reward)
+            reward_model.Config(run=tmp_path, data=path, prompt_length=1, response_length=1, reward=config.reward)
         )
 
 
+def test_single_acts_refuse_what_is_already_played(config, result):
+    """Before they train, and before they drop the act's rows of metrics."""
+    before = (config.run / "metrics.jsonl").read_text()
+    for main, one in ((reward_model.main, reward_model.Config), (ppo.main, ppo.Config)):
+        with pytest.raises(FileExistsError, match="is there already and is never overwritten"):
+            main(one(run=config.run))
+    assert (config.run / "metrics.jsonl").read_text() == before
+
+
+def test_single_acts_of_the_command_line(config, result, tmp_path):
+    """`sft.py`, `reward_model.py` and `ppo.py`, one after the other, make what the main job makes."""
+    words = ["--run", str(tmp_path / "run"), "--response-length", "12", "--vocab-size", "600"]
+    words += ["--prompt-length", "40", "--row-length", "96"]
+    network = "--sft.num-epochs 1 --sft.model-dim 16 --sft.num-heads 2 --sft.mlp-dim 16 --sft.num-layers 1"
+    sft.main(tyro.cli(sft.Config, args=words + network.split()))
+    rankings = "--reward.num-epochs 1 --reward.batch-size 8"
+    reward_model.main(tyro.cli(reward_model.Config, args=words + rankings.split()))
+    short = "--ppo.num-iterations 2 --ppo.batch-size 8 --ppo.num-epochs 1 --ppo.num-minibatches 2 --ppo.kl-horizon 100"
+    ppo.main(tyro.cli(ppo.Config, args=words + short.split()))
+    for act in ("sft", "reward_model", "ppo"):
+        like, mine = (config.run / act, tmp_path / "run" / act)
+        assert checkpoint.read_notes(mine)["tokenizer"] == checkpoint.read_notes(like)["tokenizer"]
+
+
+def test_a_file_is_refused_before_the_main_job_starts(tmp_path):
+    with pytest.raises(SystemExit, match=r"--data has no meaning here.*nothing was started"):
+        rlhf.main(rlhf.Config(run=tmp_path / "run", data=tmp_path / "mine.jsonl"))
+    with pytest.raises(ValueError, match=r"mine.jsonl"):
+        sft.main(sft.Config(run=tmp_path / "run", data=tmp_path / "mine.jsonl"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_act_of_no_step_is_refused():
+    with pytest.raises(ValueError, match="5 rankings in batches of 8 for 1 epochs are no step; fix"):
+        acts.num_steps_of(RewardModelConfig(num_epochs=1, batch_size=8), 5, "rankings")
+
+
 def test_interval_over_prompts_not_pairs():
+    """And a pair of equal texts, which only noise can rank, is none."""
+    texts = ["a", "b", "c"]
     rows = [{"ranks": [0, 1, 2], "scores": [3.0, 2.0, 1.0]}, {"ranks": [0, 1, 1], "scores": [1.0, 2.0, 1.0]}]
-    assert report.ranking_accuracies([*rows, {"ranks": [0, 0, 0], "scores": [1.0, 2.0, 3.0]}]) == [1.0, 0.25]
+    rows = [{"responses": texts, **row} for row in [*rows, {"ranks": [0, 0, 0], "scores": [1.0, 2.0, 3.0]}]]
+    assert report.ranking_accuracies(rows) == [1.0, 0.25]
+    rows[0]["responses"] = ["a", "a", "c"]
+    rows[0]["scores"] = [1.0, 3.0, 2.0]
+    assert report.ranking_accuracies(rows[:1]) == [0.5]

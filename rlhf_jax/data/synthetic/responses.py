@@ -1,8 +1,9 @@
 """How the embedded world answers: a grammar that speaks, and the way back from words to traits.
 
 A response is `[opener] [padding] core [padding] [closer]`: each part is one sentence of `tables`, and padding
-stands before or after the core, never both. A speaker has either opener or closer, but both may be read. The core is an answer in a frame, a decline, or (for requests
-that should be declined) a compliance. No two parts share a sentence, so `dissect` inverts `render` exactly.
+stands before or after the core, never both. A speaker who is warm has an opener or a closer; both are read as well.
+The core is an answer in a frame, a decline, or (for requests that should be declined) a compliance. No two parts
+share a sentence, so `dissect` inverts `render` exactly.
 """
 
 import re
