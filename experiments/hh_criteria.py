@@ -28,8 +28,8 @@ def markers_move(report: dict) -> dict:
     """(i)."""
     runs = report["runs"]
     high, base, low = (runs[name]["marker"] for name in ("w0", "sft", "w1"))
-    (up, p_up), (gap, p_down) = ((runs[name]["marker_gap"][x] for x in ("mean", "p")) for name in ("w0", "w1"))
-    down = -gap
+    to_w0, to_w1 = runs["w0"]["marker_gap"], runs["w1"]["marker_gap"]
+    up, p_up, down, p_down = to_w0["mean"], to_w0["p"], -to_w1["mean"], to_w1["p"]
     missing = _failures(
         {
             f"w=0 above SFT by {up:+.3f}, p = {p_up:.2g}": up <= 0 or p_up >= MAX_P,
