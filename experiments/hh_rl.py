@@ -118,7 +118,7 @@ def play(job: Job, data: HHData, run: RLRun) -> None:
             batch = PPOBatch(ppo.pick(prompts, job.seed, step, run.ppo.batch_size))
             if demonstrations is not None:
                 batch = batch.replace(demonstrations=ppo.pick(demonstrations, job.seed, step, run.ppo.batch_size))
-            sampler = jax.tree.map(jnp.copy, state.params["policy"])
+            sampler = jax.tree.map(jnp.copy, state.params["policy"])  # the state itself is donated
             state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
             kl = log.write(step, metrics, tokens=int(run.ppo.batch_size * metrics["response/len_mean"]))["objective/kl"]
             if run.ppo.kl_target is not None and kl >= run.ppo.kl_target:

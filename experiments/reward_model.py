@@ -4,7 +4,8 @@
 
 takes up `runs/mine/sft`, samples K responses to each prompt from it, has simulated annotators rank them best to worst and
 writes `runs/mine/reward_model`. With `--data FILE` it learns from the rankings or pairs of that file instead. Two CPU
-cores, about a minute. Deviation: three epochs; with pretrained networks one is usual, and more overfits (Stiennon et al. 2020).
+cores, about two minutes. Deviation: three epochs; with pretrained networks one is usual, and more overfits (Stiennon et
+al. 2020).
 """
 
 import dataclasses

@@ -130,7 +130,7 @@ def main(config: Config) -> dict:
     if config.data is not None:
         raise SystemExit(
             "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "
-            "Fix: give the file to sft.py, reward_model.py or ppo.py, or choose --dataset hh"
+            "Fix: give the file to sft.py, reward_model.py or ppo.py"
         )
     if config.dataset == "hh":
         return hh.main(config)
