@@ -74,7 +74,7 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
     for name in ("sft", *(run.name for run in runs)):
         key = jax.random.key(job.seed + (1 if name in COUPLED else 2))
         sampled = task.sample_all(sample, load_policy(job, name, network), prompts, key, batch_size=128)
-        inputs = (sampled.tokens, sampled.segment_ids)
+        inputs = (sampled.tokens, sampled.segment_ids, sampled.completion_mask)
         ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
         kl = row_sums(ratios, sampled.completion_mask)
         scores = {d: (score_rows(network, p, *inputs) - mean) / std for d, (p, mean, std) in judges.items()}
@@ -145,8 +145,8 @@ def pair_scores(job: Job, name: str, rows: RankingBatch) -> np.ndarray:
     """Raw scores `[N, 2]` of chosen and rejected."""
     tokenizer, network, _ = sft.load(job.run)
     params, _, _ = reward_model.load(job.run / "rewards" / name, network, tokenizer)
-    tokens, segment_ids = (x.reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.segment_ids))
-    return score_rows(network, params, tokens, segment_ids).reshape(-1, 2)
+    inputs = (x.reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.segment_ids, rows.completion_mask))
+    return score_rows(network, params, *inputs).reshape(-1, 2)
 
 
 def demonstration_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:

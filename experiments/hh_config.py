@@ -8,9 +8,35 @@ import dataclasses
 from pathlib import Path
 
 import task
-from ppo import PPOConfig
-from reward_model import RewardModelConfig
 from sft import SFTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class HHRewardConfig:
+    """Numbers of act 2."""
+
+    num_epochs: float = 1.0
+    batch_size: int = 16
+    """Comparisons."""
+    learning_rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class HHPPOConfig:
+    """Numbers of one run of act 3."""
+
+    num_iterations: int = 45
+    """At most so many: a run ends where its KL reaches the target."""
+    batch_size: int = 256
+    num_epochs: int = 1
+    num_minibatches: int = 2
+    learning_rate: float = 3e-4
+    kl_coef: float = 0.02
+    kl_target: float | None = 5.0
+    kl_horizon: float = 1000.0
+    gae_lambda: float = 0.95
+    vf_coef: float = 0.1
+    ptx_coef: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +57,12 @@ class HHConfig:
     """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
     num_shuffled: int = 8
     """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
-    ptx_coef: float = 0.3
+    ptx_coef: float = 0.5
     samples_per_prompt: int = 2
     """Replies to each held-out prompt, of every policy."""
     sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, num_heads=4, mlp_dim=288)
-    reward: RewardModelConfig = RewardModelConfig(num_epochs=1.0, learning_rate=4e-4, num_responses=2)
-    ppo: PPOConfig = PPOConfig(
-        num_iterations=45,
-        learning_rate=3e-4,
-        batch_size=256,
-        num_epochs=1,
-        num_minibatches=2,
-        kl_coef=0.02,
-        kl_target=5.0,
-        kl_horizon=1000.0,
-        separate_critic=False,
-        missing_eos_penalty=0.0,
-    )
-    """At most so many iterations: a run ends where its KL reaches the target."""
+    reward: HHRewardConfig = HHRewardConfig()
+    ppo: HHPPOConfig = HHPPOConfig()
 
     @property
     def lengths(self) -> task.TaskConfig:

@@ -11,7 +11,7 @@ import reward_model
 import sft
 import task
 from acts import num_steps_of
-from hh_config import Job
+from hh_config import HHRewardConfig, Job
 from hh_data import DOMAINS, HHData
 from scoring import score_rows
 
@@ -75,14 +75,14 @@ def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None, *, 
             log.write(step, metrics, tokens=rows.tokens[0].size * config.batch_size)
     mean, std = 0.0, 1.0
     if sampled is not None:
-        scores = score_rows(network, state.params, sampled.tokens, sampled.segment_ids)
+        scores = score_rows(network, state.params, sampled.tokens, sampled.segment_ids, sampled.completion_mask)
         mean, std = float(scores.mean()), float(scores.std())
     reward_model.save(folder, state.params, tokenizer, mean=mean, std=std)
 
 
 @functools.cache
-def build(config: reward_model.RewardModelConfig, network: TransformerConfig, num_steps: int):
+def build(config: HHRewardConfig, network: TransformerConfig, num_steps: int):
     """The optimiser and the jitted step; equal arguments share one compilation."""
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
-    objective = ranking_objective(transformer.causal_model(network), label_smoothing=config.label_smoothing)
+    objective = ranking_objective(transformer.causal_model(network), mean_over_completion=True)
     return optimizer, jax.jit(make_train_step(objective, optimizer), donate_argnames="state")

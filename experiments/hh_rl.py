@@ -11,7 +11,7 @@ import ppo
 import reward_model
 import sft
 import task
-from hh_config import HHConfig, Job
+from hh_config import HHConfig, HHPPOConfig, Job
 from hh_data import HHData
 
 from rlhf_jax.functional.rewards import normalize_scores
@@ -34,7 +34,7 @@ class RLRun:
 
     name: str
     weights: tuple[tuple[str, float], ...]
-    ppo: ppo.PPOConfig
+    ppo: HHPPOConfig
 
 
 def rl_runs(config: HHConfig) -> list[RLRun]:
@@ -56,7 +56,7 @@ def detached_critic(params: Params, hidden: jax.Array, tokens: jax.Array, segmen
 
 
 @functools.cache
-def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerConfig, pad_id: int):
+def build(config: HHPPOConfig, lengths: task.TaskConfig, network: TransformerConfig, pad_id: int):
     """The optimiser and the jitted iteration. The reward models and their weights are data: no run recompiles it."""
     model = transformer.causal_model(network)
     steps = config.num_epochs * config.num_minibatches
@@ -70,7 +70,7 @@ def build(config: ppo.PPOConfig, lengths: task.TaskConfig, network: TransformerC
         """`Σ weight z(score)` over the reward models, which are stacked on a leading axis."""
 
         def standard_score(params: Params, mean: jax.Array, std: jax.Array) -> jax.Array:
-            raw = sequence_scores(model, params, generation.tokens, generation.segment_ids)
+            raw = sequence_scores(model, params, generation.tokens, generation.segment_ids, generation.completion_mask)
             return normalize_scores(raw, mean=mean, std=std)
 
         models, weights = frozen.reward_params

@@ -154,20 +154,21 @@ def main(config: Config) -> None:
     tokenizer, network, policy = sft.load(run)
     num_responses = config.reward.num_responses
     if config.data is None:
-        train_prompts, held_out_prompts = task.load_prompts(config)
+        prompts, held_out_prompts = task.load_prompts(config)
         settings = {"num_responses": num_responses, "seed": config.seed}
-        questions = [record.prompt[0].content for record in train_prompts[: task.NUM_RANKINGS]]
+        questions = [record.prompt[0].content for record in prompts[: task.NUM_RANKINGS]]
         rankings = collect_rankings(config, network, tokenizer, policy, questions, **settings)
         questions = [record.prompt[0].content for record in held_out_prompts]
         held_out = collect_rankings(config, network, tokenizer, policy, questions, **settings)
         print(synthetic.agreement_ceiling(task.response_pairs(held_out)))
     else:
         rankings, held_out = task.load_rankings(config)
+        prompts = [Prompt(record.id, record.prompt) for record in rankings]
         num_responses = max(len(record.responses) for record in [*rankings, *held_out])
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
     params = train(config.reward, network, policy, data, seed=config.seed, log_to=run / "metrics.jsonl")
-    prompts = task.prompt_rows(config, tokenizer, [Prompt(record.id, record.prompt) for record in rankings[:512]])
-    mean, std = reference_moments(config, network, tokenizer, policy, params, prompts, seed=config.seed)
+    rows = task.prompt_rows(config, tokenizer, prompts[:512])
+    mean, std = reference_moments(config, network, tokenizer, policy, params, rows, seed=config.seed)
     save(run, params, tokenizer, mean=mean, std=std)
     held_out_rows = task.ranking_rows(config, tokenizer, held_out, num_responses=num_responses)
     result = evaluate(reward_model(transformer.causal_model(network)))(params, sft.batches(held_out_rows, 32))

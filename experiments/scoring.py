@@ -13,9 +13,16 @@ from rlhf_jax.objectives import sequence_token_logprobs
 from rlhf_jax.types import Params
 
 
-def score_rows(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """Raw scores `[N]` of a reward model."""
-    return in_parts(functools.partial(_jitted_scores(network), params), tokens, segment_ids)
+def score_rows(
+    network: TransformerConfig,
+    params: Params,
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    mean_over: np.ndarray | None = None,
+) -> np.ndarray:
+    """Raw scores `[N]` of a reward model, read at the last token or averaged over a mask."""
+    arrays = (tokens, segment_ids) if mean_over is None else (tokens, segment_ids, mean_over)
+    return in_parts(functools.partial(_jitted_scores(network), params), *arrays)
 
 
 def row_logprobs(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
@@ -28,19 +35,19 @@ def row_sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, values, 0.0).sum(axis=1, dtype=np.float64)
 
 
-def in_parts(function: Callable, tokens: np.ndarray, segment_ids: np.ndarray, size: int = 256) -> np.ndarray:
+def in_parts(function: Callable, *arrays: np.ndarray, size: int = 256) -> np.ndarray:
     """`function` of whole rows, `size` at a time; the last part is filled with its last row, which is thrown away."""
-    parts = []
-    for start in range(0, len(tokens), size):
-        rows = np.minimum(np.arange(start, start + size), len(tokens) - 1)
-        parts.append(np.asarray(function(tokens[rows], segment_ids[rows]))[: len(tokens) - start])
+    parts, num_rows = [], len(arrays[0])
+    for start in range(0, num_rows, size):
+        rows = np.minimum(np.arange(start, start + size), num_rows - 1)
+        parts.append(np.asarray(function(*(array[rows] for array in arrays)))[: num_rows - start])
     return np.concatenate(parts)
 
 
 @functools.cache
 def _jitted_scores(network: TransformerConfig):
     model = transformer.causal_model(network)
-    return jax.jit(lambda params, tokens, segment_ids: sequence_scores(model, params, tokens, segment_ids))
+    return jax.jit(functools.partial(sequence_scores, model))
 
 
 @functools.cache

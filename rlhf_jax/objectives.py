@@ -50,17 +50,23 @@ def sft(model: CausalModel) -> Objective:
     return objective
 
 
-def reward_model(model: CausalModel, *, label_smoothing: float = 0.0, centering_coef: float = 0.0) -> Objective:
+def reward_model(
+    model: CausalModel, *, label_smoothing: float = 0.0, centering_coef: float = 0.0, mean_over_completion: bool = False
+) -> Objective:
     """Bradley-Terry over all ordered pairs of a prompt's K responses, each response scored once (InstructGPT, §3.5).
 
-    The weight is the number of prompts with at least one ordered pair. `rm/accuracy` is over pairs.
+    The weight is the number of prompts with at least one ordered pair. `rm/accuracy` is over pairs. Scores are read at
+    the last token, or averaged over the completion's.
     """
 
     def objective(params: Params, batch: RankingBatch):
         num_prompts, num_responses, length = batch.tokens.shape
         flat = (num_prompts * num_responses, length)
-        scores = sequence_scores(model, params, batch.tokens.reshape(flat), batch.segment_ids.reshape(flat))
-        scores = scores.reshape(num_prompts, num_responses)
+        tokens, segment_ids, completions = (
+            x.reshape(flat) for x in (batch.tokens, batch.segment_ids, batch.completion_mask)
+        )
+        mean_over = completions if mean_over_completion else None
+        scores = sequence_scores(model, params, tokens, segment_ids, mean_over).reshape(num_prompts, num_responses)
         losses = pairwise_ranking_loss(
             scores, batch.ranks, batch.mask, label_smoothing=label_smoothing, centering_coef=centering_coef
         )

@@ -97,6 +97,8 @@ class RankingBatch:
 
     tokens: Int[Array, "B K T"]
     segment_ids: Int[Array, "B K T"]
+    completion_mask: Bool[Array, "B K T"]
+    """True on the response's tokens."""
     ranks: Int[Array, "B K"]
     """0 = best; equal ranks are ties."""
     mask: Bool[Array, "B K"]

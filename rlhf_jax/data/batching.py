@@ -134,7 +134,7 @@ def packed_demonstration_batch(
 def ranking_batch(
     examples: Sequence[TokenizedRanking], *, length: int, num_responses: int, pad_id: int, vocab_size: int
 ) -> RankingBatch:
-    """Rows `prompt + response k`, padded on the right: `tokens`, `segment_ids` `[B, K, length]`.
+    """Rows `prompt + response k`, padded on the right: `tokens`, `segment_ids`, `completion_mask` `[B, K, length]`.
 
     `ranks` and `mask` are `[B, K]`. K is `num_responses`; an example may have fewer, and its empty places
     have segment 0 throughout, rank 0 and mask False. Preferences are K = 2 with ranks (0, 1). Raises
@@ -142,7 +142,7 @@ def ranking_batch(
     responses.
     """
     rows: list[list[int]] = []
-    lengths = np.zeros((len(examples), num_responses, 1), np.int64)
+    starts, ends = np.zeros((2, len(examples), num_responses, 1), np.int64)
     ranks = np.zeros((len(examples), num_responses), np.int32)
     mask = np.zeros((len(examples), num_responses), bool)
     for row, example in enumerate(examples):
@@ -154,14 +154,19 @@ def ranking_batch(
             )
         for k, response in enumerate(example.responses):
             _check_fits(len(example.prompt_ids), len(response), length, f"row {row}, response {k}")
-            lengths[row, k] = len(example.prompt_ids) + len(response)
+            starts[row, k], ends[row, k] = len(example.prompt_ids), len(example.prompt_ids) + len(response)
         rows += [[*example.prompt_ids, *response] for response in example.responses]
         rows += [[]] * (num_responses - count)
         ranks[row, :count] = example.ranks
         mask[row, :count] = True
     tokens = _padded(rows, length, pad_id, vocab_size, shape=(len(examples), num_responses, length))
+    columns = np.arange(length)
     return RankingBatch(
-        tokens=tokens, segment_ids=(np.arange(length) < lengths).astype(np.int32), ranks=ranks, mask=mask
+        tokens=tokens,
+        segment_ids=(columns < ends).astype(np.int32),
+        completion_mask=(columns >= starts) & (columns < ends),
+        ranks=ranks,
+        mask=mask,
     )
 
 

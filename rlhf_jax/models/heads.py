@@ -7,7 +7,7 @@ head alone when it shares the policy's trunk.
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.functional.masking import last_true_index, positions_from_segments
+from rlhf_jax.functional.masking import last_true_index, masked_mean, positions_from_segments
 from rlhf_jax.types import CausalModel, Params
 
 
@@ -27,17 +27,29 @@ def scalar_head(head: Params, hidden: jax.Array) -> jax.Array:
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["weight"]) + head["bias"]
 
 
-def sequence_scores(model: CausalModel, params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Scores `[B]` of a reward model: the head read at the last real token of each row.
+def sequence_scores(
+    model: CausalModel,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    mean_over: jax.Array | None = None,
+) -> jax.Array:
+    """Scores `[B]` of a reward model: the head read at the last real token of each row, or its mean over some tokens.
+
+    The last token is the field's habit (Stiennon et al. 2020). The mean, for completions of equal length, is what a
+    small network learns from few comparisons: every token is evidence, not one.
 
     Args:
       model: the trunk's functions.
       params: `{"trunk": ..., "head": ...}`.
       tokens: `[B, T]` prompt and completion, one sequence a row, padded anywhere.
       segment_ids: `[B, T]`, 0 = padding.
+      mean_over: `[B, T]` mask of the tokens to average over, the completion's; None reads the last real token.
     """
     positions = positions_from_segments(segment_ids)
     hidden, _ = model.hidden(params["trunk"], tokens, positions, segment_ids)
+    if mean_over is not None:
+        return masked_mean(scalar_head(params["head"], hidden), mean_over, axis=1)
     last = last_true_index(segment_ids > 0)
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return scalar_head(params["head"], final)[:, 0]

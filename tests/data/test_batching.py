@@ -171,9 +171,14 @@ def test_ranking_batch():
         batch.segment_ids,
         [[[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]],
     )
+    np.testing.assert_array_equal(
+        batch.completion_mask,
+        [[[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], [[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]]],
+    )
     np.testing.assert_array_equal(batch.ranks, [[1, 0, 0], [0, 1, 1]])
     np.testing.assert_array_equal(batch.mask, [[1, 1, 0], [1, 1, 1]])
     assert [a.dtype for a in (batch.tokens, batch.segment_ids, batch.ranks, batch.mask)] == [np.int32] * 3 + [bool]
+    assert batch.completion_mask.dtype == bool
 
 
 def test_prompt_batch():

@@ -15,9 +15,7 @@ import hh_rl
 import pytest
 import reward_model
 import rlhf
-from hh_config import HHConfig, Job
-from ppo import PPOConfig
-from reward_model import RewardModelConfig
+from hh_config import HHConfig, HHPPOConfig, HHRewardConfig, Job
 from sft import SFTConfig
 
 from rlhf_jax.runtime.runs import read_json_lines, write_json_lines
@@ -32,17 +30,8 @@ TINY = HHConfig(
     num_shuffled=2,
     samples_per_prompt=1,
     sft=SFTConfig(num_epochs=2, num_layers=1, model_dim=16, num_heads=2, mlp_dim=16),
-    reward=RewardModelConfig(num_epochs=1, batch_size=4, num_responses=2),
-    ppo=PPOConfig(
-        num_iterations=2,
-        batch_size=8,
-        num_epochs=1,
-        num_minibatches=1,
-        kl_target=5.0,
-        kl_horizon=100.0,
-        separate_critic=False,
-        missing_eos_penalty=0.0,
-    ),
+    reward=HHRewardConfig(batch_size=4),
+    ppo=HHPPOConfig(num_iterations=2, batch_size=8, num_minibatches=1, kl_horizon=100.0),
 )
 
 

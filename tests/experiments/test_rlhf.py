@@ -5,6 +5,8 @@ import json
 import shutil
 
 import acts
+import jax
+import numpy as np
 import ppo
 import pytest
 import report
@@ -146,7 +148,15 @@ def test_single_acts_of_the_command_line(config, result, tmp_path):
     ppo.main(tyro.cli(ppo.Config, args=words + short.split()))
     for act in ("sft", "reward_model", "ppo"):
         like, mine = (config.run / act, tmp_path / "run" / act)
-        assert checkpoint.read_notes(mine)["tokenizer"] == checkpoint.read_notes(like)["tokenizer"]
+        assert checkpoint.read_notes(mine) == checkpoint.read_notes(like)
+    tokenizer, network, policy = sft.load(tmp_path / "run")
+    like = jax.eval_shape(lambda: policy)
+    for load in (
+        lambda run: sft.load(run)[2],
+        lambda run: reward_model.load(run, network, tokenizer)[0],
+        lambda run: checkpoint.restore(run / "ppo", like),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "run"), load(config.run))
 
 
 def test_a_file_is_refused_before_the_main_job_starts(tmp_path):

@@ -35,6 +35,7 @@ def rankings(num_prompts: int, seed: int = 0) -> RankingBatch:
     return RankingBatch(
         tokens=rows.tokens.reshape(shape),
         segment_ids=rows.segment_ids.reshape(shape),
+        completion_mask=rows.loss_mask.reshape(shape),
         ranks=jnp.asarray(rng.integers(0, 3, (num_prompts, 3))),
         mask=jnp.asarray(mask),
     )
