@@ -60,7 +60,12 @@ def build(config: HHPPOConfig, lengths: task.TaskConfig, network: TransformerCon
     """The optimiser and the jitted iteration. The reward models and their weights are data: no run recompiles it."""
     model = transformer.causal_model(network)
     steps = config.num_epochs * config.num_minibatches
-    schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
+    schedule = linear_anneal(
+        config.learning_rate,
+        num_iterations=config.num_iterations,
+        steps_per_iteration=steps,
+        num_warmup=config.num_warmup,
+    )
     # Each part has its own gradient clip: under a stiff leash the critic's errors dwarf the policy's gradient.
     parts = {part: ppo_optimizer(schedule) for part in ("policy", "critic")}
     optimizer = optax.multi_transform(parts, {part: part for part in parts})

@@ -19,7 +19,7 @@ from acts import num_steps_of, refuse_again
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rlhf_jax.models import transformer
+from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
@@ -95,8 +95,12 @@ def train(config: SFTConfig, network: TransformerConfig, data: SequenceBatch, *,
 
 
 def save(run: Path, network: TransformerConfig, tokenizer: Tokenizer, params: Params) -> None:
-    """Keep the policy of act 1."""
-    notes = {"network": dataclasses.asdict(network), "tokenizer": tokenizer.fingerprint}
+    """Keep the policy of act 1; its network is described as a Hugging Face checkpoint describes it."""
+    notes = {
+        "hf_config": huggingface.llama_config(network),
+        "unroll": network.unroll,
+        "tokenizer": tokenizer.fingerprint,
+    }
     checkpoint.save(run / "sft", 0, params, notes=notes)
 
 
@@ -105,7 +109,7 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
     notes, tokenizer = checkpoint.read_notes(run / "sft"), load_tokenizer(run / "tokenizer")
     if notes["tokenizer"] != tokenizer.fingerprint:
         raise ValueError(f"{run / 'tokenizer'} is not the tokenizer that the policy in {run / 'sft'} was trained with")
-    network = TransformerConfig(**notes["network"])
+    network = dataclasses.replace(huggingface.transformer_config(notes["hf_config"]), unroll=notes["unroll"])
     like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     return tokenizer, network, checkpoint.restore(run / "sft", like)
 

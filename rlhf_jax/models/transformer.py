@@ -1,22 +1,40 @@
-"""A decoder-only transformer as functions: `init`, `hidden`, `unembed`, `init_cache`.
+"""A decoder-only transformer as functions, described by data: `init`, `hidden`, `unembed`, `init_cache`.
 
-Pre-norm blocks of RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, half-split pairs as in the
-Hugging Face checkpoints), grouped-query attention (Ainslie et al. 2023) and SwiGLU (Shazeer 2020). Layers are stacked
-on a leading axis and run under `lax.scan`; the same `hidden` serves training, prefill and decoding.
+One network for the published families (Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, GPT-NeoX, OLMo 2, Mixtral):
+`TransformerConfig` says which norms, positions, biases, windows and experts it has; `models.families` holds the values.
+Layers are stacked on a leading axis and run under `lax.scan`; the same `hidden` serves training, prefill and decoding.
 
 Shapes: B rows, T new tokens, S cached tokens, L layers, D width, H query heads, G key/value heads, C head width,
-F width of the MLP, V vocabulary.
+F width of the MLP, E experts, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.models.attention import AttentionFn, causal_mask, distances, xla_attention
+from rlhf_jax.models.experts import expert_mlp, route
 from rlhf_jax.models.parameters import ParamSpec, Specs, init_params
+from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
+
+PLAIN_ROPE = Rope()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """In what the layers of one network may differ."""
+
+    rope: Rope | None = PLAIN_ROPE
+    window: int | None = None
+    """Tokens that a query sees, itself included; None sees all before it."""
+
+
+PLAIN_LAYER = LayerKind()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +48,51 @@ class TransformerConfig:
     num_kv_heads: int = 4
     head_dim: int = 24
     mlp_dim: int = 256
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-6
+    kinds: tuple[LayerKind, ...] = (PLAIN_LAYER,)
+    """The different kinds of layers; their ropes turn equally many dimensions."""
+    layer_kinds: tuple[int, ...] = ()
+    """Index into `kinds` of every layer; empty: all are of the first kind."""
+    num_positions: int = 0
+    """Learned positions added to the embedding; 0 = none."""
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Added to every RMSNorm scale: 1 where the stored ones are differences from 1 (Gemma)."""
+    layer_norm: bool = False
+    """LayerNorm with biases (Ba et al. 2016) instead of RMSNorm (Zhang & Sennrich 2019)."""
+    pre_norm: bool = True
+    post_norm: bool = False
+    """Norms of what attention and MLP add to the residual stream."""
+    parallel: bool = False
+    """Attention and MLP both read the block's input (GPT-NeoX)."""
+
+    query_scale: float | None = None
+    """Factor on query · key; None is `head_dim^-0.5`."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys, one scale for all heads (Qwen3, Gemma 3)."""
+    qk_norm_across_heads: bool = False
+    """The norm goes over all heads together, before they are split (OLMo 2)."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    gated: bool = True
+    """`down(activation(gate x) * up x)` (Shazeer 2020), else `down(activation(up x))`."""
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    mlp_bias: bool = False
+    num_experts: int = 0
+    """Gated MLPs per layer of which a router picks `experts_per_token`; 0 = one MLP, no router."""
+    experts_per_token: int = 2
+    renormalize_experts: bool = True
+
     dtype: str = "float32"
     """Compute dtype of the matrix products. Norms, softmax and logits are float32 whatever it is."""
+    attention_fn: AttentionFn = xla_attention
+    """The implementation of attention; see `models.attention`."""
+    remat_policy: Callable | None = None
+    """With `remat`: what of a layer is kept, one of `jax.checkpoint_policies`; None keeps nothing."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
     unroll: int = 1
@@ -43,8 +101,29 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs of dimensions")
+        sizes = {kind.rope.rotary_dim(self.head_dim) for kind in self.kinds if kind.rope is not None}
+        if len(sizes) > 1 or any(size % 2 for size in sizes):
+            raise ValueError(
+                f"rotary dimensions {sorted(sizes)}: pairs turn, so one even number for all layers is needed"
+            )
+        if sizes and any(kind.rope is None for kind in self.kinds):
+            raise ValueError("either all kinds of layers have rotary positions or none has")
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise ValueError(f"layer_kinds has {len(self.layer_kinds)} entries for {self.num_layers} layers")
+        if self.num_experts and (self.mlp_bias or not self.gated):
+            raise ValueError("experts are gated MLPs without biases")
+
+
+def for_length(config: TransformerConfig, length: int) -> TransformerConfig:
+    """The same network for texts of up to `length` tokens, where its rotary positions depend on that (see `rope`)."""
+
+    def at_length(kind: LayerKind) -> LayerKind:
+        if kind.rope is None or not isinstance(kind.rope.scaling, DynamicNTK | LongRope):
+            return kind
+        scaling = dataclasses.replace(kind.rope.scaling, length=length)
+        return dataclasses.replace(kind, rope=dataclasses.replace(kind.rope, scaling=scaling))
+
+    return dataclasses.replace(config, kinds=tuple(map(at_length, config.kinds)))
 
 
 @struct.dataclass
@@ -64,36 +143,69 @@ def param_specs(config: TransformerConfig) -> Specs:
     write into the residual stream are divided by sqrt(2 L) (GPT-2, Radford et al. 2019, §2.3), so that its variance
     does not grow with depth. The embedding, which may also be the output matrix, is N(0, 1/D).
     """
-    c = config
-    depth = (2 * c.num_layers) ** 0.5
-
-    def stacked(shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None) -> ParamSpec:
-        return ParamSpec((c.num_layers, *shape), ("layers", *axes), stddev)
-
-    std = c.model_dim**-0.5
+    c, std = config, config.model_dim**-0.5
     layers = {
-        "attention_norm": stacked((c.model_dim,), ("embed",), None),
-        "query": stacked((c.model_dim, c.num_heads, c.head_dim), ("embed", "heads", "head_dim"), std),
-        "key": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
-        "value": stacked((c.model_dim, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"), std),
-        "out": stacked(
-            (c.num_heads, c.head_dim, c.model_dim),
-            ("heads", "head_dim", "embed"),
-            (c.num_heads * c.head_dim) ** -0.5 / depth,
-        ),
-        "mlp_norm": stacked((c.model_dim,), ("embed",), None),
-        "gate": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
-        "up": stacked((c.model_dim, c.mlp_dim), ("embed", "mlp"), std),
-        "down": stacked((c.mlp_dim, c.model_dim), ("mlp", "embed"), c.mlp_dim**-0.5 / depth),
+        name: ParamSpec((c.num_layers, *spec.shape), ("layers", *spec.axes), spec.stddev)
+        for name, spec in {**_attention_specs(c), **_mlp_specs(c)}.items()
     }
-    specs = {
-        "embedding": ParamSpec((c.vocab_size, c.model_dim), ("vocab", "embed"), std),
-        "layers": layers,
-        "final_norm": ParamSpec((c.model_dim,), ("embed",), None),
-    }
+    specs = {"embedding": ParamSpec((c.vocab_size, c.model_dim), ("vocab", "embed"), std), "layers": layers}
+    if c.num_positions:
+        specs["positions"] = ParamSpec((c.num_positions, c.model_dim), (None, "embed"), std)
+    specs.update(_norm_specs(c, "final_norm"))
     if not c.tie_embeddings:
         specs["unembedding"] = ParamSpec((c.vocab_size, c.model_dim), ("vocab", "embed"), std)
     return specs
+
+
+def _norm_specs(c: TransformerConfig, name: str, dim: int = 0, axis: str = "embed") -> dict[str, ParamSpec]:
+    shape = (dim or c.model_dim,)
+    specs = {name: ParamSpec(shape, (axis,), 0.0 if c.norm_offset else None)}
+    if c.layer_norm:
+        specs[f"{name}_bias"] = ParamSpec(shape, (axis,), 0.0)
+    return specs
+
+
+def _attention_specs(c: TransformerConfig) -> dict[str, ParamSpec]:
+    std, depth = c.model_dim**-0.5, (2 * c.num_layers) ** 0.5
+    out_std = (c.num_heads * c.head_dim) ** -0.5 / depth
+    heads = {
+        "query": (c.num_heads, "heads"),
+        "key": (c.num_kv_heads, "kv_heads"),
+        "value": (c.num_kv_heads, "kv_heads"),
+    }
+    specs = {}
+    for name, (count, axis) in heads.items():
+        specs[name] = ParamSpec((c.model_dim, count, c.head_dim), ("embed", axis, "head_dim"), std)
+        if c.qkv_bias:
+            specs[f"{name}_bias"] = ParamSpec((count, c.head_dim), (axis, "head_dim"), 0.0)
+        if c.qk_norm and name != "value":
+            shape, axes = (
+                ((count, c.head_dim), (axis, "head_dim")) if c.qk_norm_across_heads else ((c.head_dim,), (None,))
+            )
+            specs[f"{name}_norm"] = ParamSpec(shape, axes, 0.0 if c.norm_offset else None)
+    specs["out"] = ParamSpec((c.num_heads, c.head_dim, c.model_dim), ("heads", "head_dim", "embed"), out_std)
+    if c.out_bias:
+        specs["out_bias"] = ParamSpec((c.model_dim,), ("embed",), 0.0)
+    return {**specs, **_block_norm_specs(c, "attention")}
+
+
+def _mlp_specs(c: TransformerConfig) -> dict[str, ParamSpec]:
+    std, depth = c.model_dim**-0.5, (2 * c.num_layers) ** 0.5
+    experts, axis = ((c.num_experts,), ("expert",)) if c.num_experts else ((), ())
+    specs = {"router": ParamSpec((c.model_dim, c.num_experts), ("embed", "expert"), std)} if c.num_experts else {}
+    for name in ("gate", "up") if c.gated else ("up",):
+        specs[name] = ParamSpec((*experts, c.model_dim, c.mlp_dim), (*axis, "embed", "mlp"), std)
+        if c.mlp_bias:
+            specs[f"{name}_bias"] = ParamSpec((c.mlp_dim,), ("mlp",), 0.0)
+    specs["down"] = ParamSpec((*experts, c.mlp_dim, c.model_dim), (*axis, "mlp", "embed"), c.mlp_dim**-0.5 / depth)
+    if c.mlp_bias:
+        specs["down_bias"] = ParamSpec((c.model_dim,), ("embed",), 0.0)
+    return {**specs, **_block_norm_specs(c, "mlp")}
+
+
+def _block_norm_specs(c: TransformerConfig, part: str) -> dict[str, ParamSpec]:
+    before = _norm_specs(c, f"{part}_norm") if c.pre_norm else {}
+    return {**before, **(_norm_specs(c, f"{part}_post_norm") if c.post_norm else {})}
 
 
 def init(key: jax.Array, config: TransformerConfig) -> Params:
@@ -123,7 +235,7 @@ def hidden(
     """Final hidden states, the last norm applied.
 
     Args:
-      params: from `init`.
+      params: from `init`, or loaded.
       config: the same that `init` got.
       tokens: `[B, T]`, ids below `vocab_size` (checked on the host, see `data.batching.check_token_ids`).
       positions: `[B, T]`, the place of each token inside its own sequence.
@@ -141,33 +253,35 @@ def hidden(
     key_segments = segment_ids
     if cache is not None:
         key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
-    mask = _attention_mask(segment_ids, key_segments, start)
-    rotation = _rotation(positions, config)
+    mask = causal_mask(segment_ids, key_segments, start)
+    layer_inputs = _inputs_by_kind(config, positions, mask, start)
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
         x, keys, values = carry
-        weights, index = scanned
-        x, keys, values = _block(weights, config, x, rotation, mask, keys, values, index, start)
+        weights, index, kind = scanned
+        x, keys, values = _block(weights, config, x, layer_inputs(kind), keys, values, (index, start))
         return (x, keys, values), None
 
     if config.remat and cache is None:
-        layer = jax.checkpoint(layer)
-    x = params["embedding"][tokens].astype(config.dtype)
-    carry = (x, None, None) if cache is None else (x, cache.keys, cache.values)
-    scanned = (params["layers"], jnp.arange(config.num_layers))
+        layer = jax.checkpoint(layer, policy=config.remat_policy)
+    carry = (
+        _embed(params, config, tokens, positions),
+        *((None, None) if cache is None else (cache.keys, cache.values)),
+    )
+    kinds = jnp.asarray(config.layer_kinds or (0,) * config.num_layers, jnp.int32)
+    scanned = (params["layers"], jnp.arange(config.num_layers), kinds)
     (x, keys, values), _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
-    x = rms_norm(x.astype(jnp.float32), params["final_norm"], config.norm_eps)
-    if cache is None:
-        return x, None
-    return x, KVCache(keys, values, key_segments, start + tokens.shape[1])
+    x = _norm(config, params, "final_norm", x.astype(jnp.float32))
+    return x, None if cache is None else KVCache(keys, values, key_segments, start + tokens.shape[1])
 
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
     matrix = params["embedding"] if config.tie_embeddings else params["unembedding"]
-    return jnp.einsum(
+    logits = jnp.einsum(
         "...d,vd->...v", hidden.astype(config.dtype), matrix.astype(config.dtype), preferred_element_type=jnp.float32
     )
+    return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
 def causal_model(config: TransformerConfig) -> CausalModel:
@@ -184,51 +298,101 @@ def causal_model(config: TransformerConfig) -> CausalModel:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x²) + eps) * scale` over the last axis, computed in float32, returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+    """`x / sqrt(mean(x²) + eps) * scale` over the dimensions of `scale`, in float32, returned in x's dtype."""
+    x32, axes = x.astype(jnp.float32), tuple(range(x.ndim - scale.ndim, x.ndim))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
+    return (normed * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
 
 
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + C/2) of `x [B, T, N, C]` by the angles of their positions."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32, returned in x's dtype."""
+    x32, leading = x.astype(jnp.float32), range(x.ndim - 1)
+    normed = jax.nn.standardize(x32, axis=-1, epsilon=eps)
+    return (normed * jnp.expand_dims(scale, leading) + jnp.expand_dims(bias, leading)).astype(x.dtype)
 
 
-def _rotation(positions: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, 1, C/2]` of `position * base^(-2i/C)`."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = config.rope_base**-exponents
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -> jax.Array:
+    if config.layer_norm:
+        return layer_norm(x, weights[name], weights[f"{name}_bias"], config.norm_eps)
+    return rms_norm(x, weights[name] + config.norm_offset, config.norm_eps)
 
 
-def _attention_mask(query_segments: jax.Array, key_segments: jax.Array, start: jax.Array) -> jax.Array:
-    """`[B, 1, T, S]`: the key is not after the query, of the same segment, and no padding."""
-    query_columns = start + jnp.arange(query_segments.shape[1])
-    causal = jnp.arange(key_segments.shape[1])[None, :] <= query_columns[:, None]
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return (same & (key_segments[:, None, :] > 0) & causal[None])[:, None]
+def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    x = params["embedding"][tokens].astype(config.dtype)
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, config.dtype)
+    if config.num_positions:
+        x = x + params["positions"][positions].astype(config.dtype)
+    return x
 
 
-def _block(weights, config, x, rotation, mask, keys, values, index, start):
-    """One layer; `keys`/`values` are the stacked caches or None."""
-    weights = {name: array if name.endswith("norm") else array.astype(config.dtype) for name, array in weights.items()}
-    h = rms_norm(x, weights["attention_norm"], config.norm_eps)
-    query = rotate(jnp.einsum("btd,dnc->btnc", h, weights["query"]), rotation)
-    key = rotate(jnp.einsum("btd,dnc->btnc", h, weights["key"]), rotation)
-    value = jnp.einsum("btd,dnc->btnc", h, weights["value"])
+def _inputs_by_kind(config: TransformerConfig, positions: jax.Array, mask: jax.Array, start: jax.Array):
+    """A function from a layer's kind to its rotation (or None) and its mask."""
+    ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
+    rotations = (
+        jax.tree.map(lambda *parts: jnp.stack(parts), *[rotation(positions, rope, config.head_dim) for rope in ropes])
+        if ropes
+        else None
+    )
+    windows = jnp.asarray([mask.shape[-1] if kind.window is None else kind.window for kind in config.kinds])
+    windowed = any(kind.window is not None for kind in config.kinds)
+    behind = distances(mask.shape[2], mask.shape[3], start)
+
+    def inputs(kind: jax.Array) -> tuple:
+        turn = jax.tree.map(lambda x: x[kind], rotations)
+        return turn, mask & (behind < windows[kind])[None, None] if windowed else mask
+
+    return inputs
+
+
+def _block(weights, config, x, layer_inputs, keys, values, at):
+    """One layer; `keys`/`values` are the stacked caches or None, `at` where to write in them."""
+    weights = {name: array if "norm" in name else array.astype(config.dtype) for name, array in weights.items()}
+    h = _norm(config, weights, "attention_norm", x) if config.pre_norm else x
+    update, keys, values = _attention(weights, config, h, layer_inputs, keys, values, at)
+    update = _norm(config, weights, "attention_post_norm", update) if config.post_norm else update
+    after = x + update
+    source = x if config.parallel else after
+    h = _norm(config, weights, "mlp_norm", source) if config.pre_norm else source
+    update = _mlp(weights, config, h)
+    return after + (_norm(config, weights, "mlp_post_norm", update) if config.post_norm else update), keys, values
+
+
+def _attention(weights, config, h, layer_inputs, keys, values, at):
+    turn, mask = layer_inputs
+
+    def heads(name: str) -> jax.Array:
+        projected = jnp.einsum("btd,dnc->btnc", h, weights[name])
+        if config.qkv_bias:
+            projected = projected + weights[f"{name}_bias"][None, None]
+        if config.qk_norm and name != "value":
+            projected = rms_norm(projected, weights[f"{name}_norm"] + config.norm_offset, config.norm_eps)
+        return projected if turn is None or name == "value" else rotate(projected, *turn)
+
+    query, key, value = heads("query"), heads("key"), heads("value")
     if keys is not None:
-        at = (index, 0, start, 0, 0)
-        keys = jax.lax.dynamic_update_slice(keys, key[None], at)
-        values = jax.lax.dynamic_update_slice(values, value[None], at)
+        index, start = at
+        keys = jax.lax.dynamic_update_slice(keys, key[None], (index, 0, start, 0, 0))
+        values = jax.lax.dynamic_update_slice(values, value[None], (index, 0, start, 0, 0))
         key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
         value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-    attended = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    x = x + jnp.einsum("btnc,ncd->btd", attended, weights["out"])
-    h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-    gated = jax.nn.silu(jnp.einsum("btd,df->btf", h, weights["gate"])) * jnp.einsum("btd,df->btf", h, weights["up"])
-    x = x + jnp.einsum("btf,fd->btd", gated, weights["down"])
-    return x, keys, values
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    attended = config.attention_fn(query, key, value, mask, scale=scale)
+    update = jnp.einsum("btnc,ncd->btd", attended, weights["out"])
+    return update + weights["out_bias"][None, None] if config.out_bias else update, keys, values
+
+
+def _mlp(weights, config, h):
+    if config.num_experts:
+        flat = h.reshape(-1, h.shape[-1])
+        options = {"experts_per_token": config.experts_per_token, "renormalize": config.renormalize_experts}
+        chosen, shares = route(flat, weights["router"], **options)
+        matrices = (weights["gate"], weights["up"], weights["down"])
+        return expert_mlp(flat, chosen, shares, *matrices, activation=config.activation).reshape(h.shape)
+
+    def dense(name: str, x: jax.Array) -> jax.Array:
+        product = jnp.einsum("btd,df->btf", x, weights[name])
+        return product + weights[f"{name}_bias"][None, None] if config.mlp_bias else product
+
+    inner = config.activation(dense("gate", h)) * dense("up", h) if config.gated else config.activation(dense("up", h))
+    return dense("down", inner)

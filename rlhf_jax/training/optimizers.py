@@ -41,11 +41,19 @@ def scale_by_adam_unscaled_eps(
     return optax.GradientTransformation(init, update)
 
 
-def linear_anneal(learning_rate: float, *, num_iterations: int, steps_per_iteration: int = 1) -> optax.Schedule:
-    """From `learning_rate` linearly to 0 over iterations, constant within one (lm-human-preferences `train_policy.py`)."""
+def linear_anneal(
+    learning_rate: float, *, num_iterations: int, steps_per_iteration: int = 1, num_warmup: int = 0
+) -> optax.Schedule:
+    """From `learning_rate` linearly to 0 over iterations, constant within one (lm-human-preferences `train_policy.py`).
+
+    Iteration i of the first `num_warmup` is scaled by `(i + 1) / (num_warmup + 1)`: Adam's first step is `learning_rate`
+    on every parameter, whatever the gradient's noise.
+    """
 
     def schedule(count: jax.Array) -> jax.Array:
-        return learning_rate * (1.0 - (count // steps_per_iteration) / num_iterations)
+        iteration = count // steps_per_iteration
+        warmup = jnp.minimum((iteration + 1) / (num_warmup + 1), 1.0)
+        return learning_rate * warmup * (1.0 - iteration / num_iterations)
 
     return schedule
 

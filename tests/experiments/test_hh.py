@@ -15,7 +15,7 @@ import hh_rl
 import pytest
 import reward_model
 import rlhf
-from hh_config import HHConfig, HHPPOConfig, HHRewardConfig, Job
+from hh_config import HHConfig, HHPPOConfig, Job
 from sft import SFTConfig
 
 from rlhf_jax.runtime.runs import read_json_lines, write_json_lines
@@ -30,7 +30,6 @@ TINY = HHConfig(
     num_shuffled=2,
     samples_per_prompt=1,
     sft=SFTConfig(num_epochs=2, num_layers=1, model_dim=16, num_heads=2, mlp_dim=16),
-    reward=HHRewardConfig(batch_size=4),
     ppo=HHPPOConfig(num_iterations=2, batch_size=8, num_minibatches=1, kl_horizon=100.0),
 )
 

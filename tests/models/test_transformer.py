@@ -11,6 +11,8 @@ import tiny
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
 from rlhf_jax.models.parameters import logical_axes, num_params
+from rlhf_jax.models.rope import Rope
+from rlhf_jax.models.transformer import LayerKind
 
 
 def numpy_forward(params, config, tokens):
@@ -24,7 +26,7 @@ def numpy_forward(params, config, tokens):
         half = config.head_dim // 2
         out = x.copy()
         for i in range(half):
-            angle = position * config.rope_base ** (-2 * i / config.head_dim)
+            angle = position * config.kinds[0].rope.base ** (-2 * i / config.head_dim)
             out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
             out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
         return out
@@ -59,7 +61,7 @@ def logits_of(params, config, tokens, segment_ids):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_numpy(tied):
-    config = dataclasses.replace(tiny.CONFIG, tie_embeddings=tied, rope_base=100.0)
+    config = dataclasses.replace(tiny.CONFIG, tie_embeddings=tied, kinds=(LayerKind(rope=Rope(base=100.0)),))
     params = transformer.init(jax.random.key(0), config)
     tokens = np.array([3, 7, 2, 2, 11, 5])
     logits = logits_of(params, config, jnp.asarray(tokens)[None], jnp.ones((1, 6), jnp.int32))
@@ -153,7 +155,7 @@ def test_every_array_has_its_axes_and_scale():
 def test_impossible_shapes_are_refused():
     with pytest.raises(ValueError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
         dataclasses.replace(tiny.CONFIG, num_kv_heads=3)
-    with pytest.raises(ValueError, match="head_dim 5 is odd"):
+    with pytest.raises(ValueError, match=r"rotary dimensions \[5\]: pairs turn"):
         dataclasses.replace(tiny.CONFIG, head_dim=5)
     with pytest.raises(ValueError, match="must agree"):
         transformer.hidden(

@@ -35,5 +35,7 @@ def test_schedules():
     np.testing.assert_allclose(
         [anneal(t) for t in range(8)], [0.1, 0.1, 0.075, 0.075, 0.05, 0.05, 0.025, 0.025], rtol=1e-6
     )
+    warm = linear_anneal(0.1, num_iterations=4, steps_per_iteration=2, num_warmup=1)
+    np.testing.assert_allclose([warm(t) for t in range(6)], [0.05, 0.05, 0.075, 0.075, 0.05, 0.05], rtol=1e-6)
     cosine = warmup_cosine(1.0, num_steps=100)
     np.testing.assert_allclose([cosine(0), cosine(5), cosine(100)], [0.0, 1.0, 0.1], atol=1e-6)
