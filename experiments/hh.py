@@ -24,8 +24,8 @@ import hh_rl
 import jax
 import numpy as np
 import reward_model
+import sampling
 import sft
-import task
 from acts import timed
 from hh_config import HHConfig, Job
 from hh_data import DOMAINS, HHData
@@ -69,16 +69,16 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
     pairs = hh_data.unique_prompts(data.of("held_out"))
     prompts = hh_data.prompt_rows(job.hh, data, pairs)
     judges = {d: reward_model.load(job.run / "rewards" / name, network, tokenizer) for d, name in JUDGES.items()}
-    num_samples, rows = job.hh.samples_per_prompt, []
-    sample = task.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id, num_samples)
+    num_samples, temperature, rows = job.hh.samples_per_prompt, job.hh.ppo.temperature, []
+    sample = sampling.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id, num_samples, temperature)
     for name in ("sft", *(run.name for run in runs)):
         key = jax.random.key(job.seed + (1 if name in COUPLED else 2))
-        sampled = task.sample_all(sample, load_policy(job, name, network), prompts, key, batch_size=128)
+        sampled = sampling.sample_all(sample, load_policy(job, name, network), prompts, key, batch_size=128)
         inputs = (sampled.tokens, sampled.segment_ids, sampled.completion_mask)
-        ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
+        ratios = sampled.logprobs - row_logprobs(network, reference, *inputs[:2], temperature=temperature)
         kl = row_sums(ratios, sampled.completion_mask)
         scores = {d: (score_rows(network, p, *inputs) - mean) / std for d, (p, mean, std) in judges.items()}
-        for i, text in enumerate(task.completions(tokenizer, sampled)):
+        for i, text in enumerate(sampling.completions(tokenizer, sampled)):
             rows.append(
                 {
                     "kind": "reply",

@@ -23,12 +23,14 @@ class HHRewardConfig:
 class HHPPOConfig:
     """Numbers of one run of act 3."""
 
-    num_iterations: int = 60
+    num_iterations: int = 50
     """At most so many: a run ends where its KL reaches the target."""
     batch_size: int = 256
     num_epochs: int = 1
     num_minibatches: int = 2
     learning_rate: float = 3e-4
+    temperature: float = 0.7
+    """Of every sample. At 1 a network of this size strays from words after a few tokens, where no reward model has been."""
     num_warmup: int = 4
     """Iterations of smaller steps: without them the first alone moves a policy on a stiff leash by 0.05 nats."""
     kl_coef: float = 0.02
@@ -55,9 +57,9 @@ class HHConfig:
     held_out_fraction: float = 0.125
     weights: tuple[float, ...] = (0.0, 0.5, 1.0)
     """w of `w z(helpful) + (1 - w) z(harmless)`, one RL run each."""
-    num_shuffled: int = 8
+    num_shuffled: int = 16
     """RL runs on reward models that learned shuffled labels: the null distribution of the judges' win rates."""
-    ptx_coef: float = 0.6
+    ptx_coef: float = 4.0
     samples_per_prompt: int = 2
     """Replies to each held-out prompt, of every policy."""
     sft: SFTConfig = SFTConfig(num_epochs=5.0, num_layers=2, model_dim=96, num_heads=4, mlp_dim=288)

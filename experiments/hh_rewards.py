@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reward_model
+import sampling
 import scipy.optimize
 import sft
-import task
 from hh_config import Job
 from hh_data import DOMAINS, HHData
 from scoring import in_parts, score_rows
@@ -51,8 +51,10 @@ def reference_samples(job: Job, data: HHData) -> Generation:
     tokenizer, network, policy = sft.load(job.run)
     prompts = hh_data.prompt_rows(job.hh, data, data.of("a", "b"))
     prompts = jax.tree.map(lambda x: x[np.linspace(0, len(x) - 1, min(512, len(x)), dtype=int)], prompts)
-    sample = task.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id)
-    return task.sample_all(sample, policy, prompts, jax.random.key(job.seed), batch_size=256)
+    sample = sampling.jitted_sampler(
+        job.hh.lengths, network, None, tokenizer.pad_id, temperature=job.hh.ppo.temperature
+    )
+    return sampling.sample_all(sample, policy, prompts, jax.random.key(job.seed), batch_size=256)
 
 
 def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None) -> None:

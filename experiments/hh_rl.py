@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import ppo
 import reward_model
+import sampling
 import sft
 import task
 from hh_config import HHConfig, HHPPOConfig, Job
@@ -69,7 +70,8 @@ def build(config: HHPPOConfig, lengths: task.TaskConfig, network: TransformerCon
     # Each part has its own gradient clip: under a stiff leash the critic's errors dwarf the policy's gradient.
     parts = {part: ppo_optimizer(schedule) for part in ("policy", "critic")}
     optimizer = optax.multi_transform(parts, {part: part for part in parts})
-    objective = actor_critic(model, detached_critic, vf_coef=config.vf_coef)
+    temperature = config.temperature
+    objective = actor_critic(model, detached_critic, temperature=temperature, vf_coef=config.vf_coef)
 
     def weighted_score(frozen: Frozen, generation: Generation) -> jax.Array:
         """`Σ weight z(score)` over the reward models, which are stacked on a leading axis."""
@@ -82,9 +84,9 @@ def build(config: HHPPOConfig, lengths: task.TaskConfig, network: TransformerCon
         return weights @ jax.vmap(standard_score)(models, frozen.reward_mean, frozen.reward_std)
 
     iteration = make_ppo_iteration(
-        sample_fn=task.sampler(lengths, model, eos_id=None, pad_id=pad_id),
+        sample_fn=sampling.sampler(lengths, model, eos_id=None, pad_id=pad_id, temperature=temperature),
         score_fn=weighted_score,
-        experience_fn=make_experience_fn(model, detached_critic, gae_lambda=config.gae_lambda),
+        experience_fn=make_experience_fn(model, detached_critic, temperature=temperature, gae_lambda=config.gae_lambda),
         update_fn=make_ppo_update(
             make_train_step(objective, optimizer),
             num_epochs=config.num_epochs,

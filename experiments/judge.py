@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import reward_model
+import sampling
 import sft
 import task
 from scoring import row_logprobs, row_sums, score_rows
@@ -38,11 +39,11 @@ def answer(
     """One completion to each held-out question, and its KL from the SFT policy (k1: sum of log-ratios), `[N]` nats."""
     tokenizer, network, reference = sft.load(run)
     prompts = task.prompt_rows(config, tokenizer, task.world_prompts(task.held_out_questions(config)))
-    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
-    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
+    sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
+    sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
     ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
     return (
-        task.completions(tokenizer, sampled),
+        sampling.completions(tokenizer, sampled),
         sampled,
         row_sums(ratios, sampled.completion_mask),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import reward_model
+import sampling
 import sft
 import task
 import tyro
@@ -84,7 +85,7 @@ def build(config: PPOConfig, lengths: task.TaskConfig, network: TransformerConfi
     optimizer = ppo_optimizer(schedule)
     objective = actor_critic(model, critic, temperature=config.temperature, vf_coef=config.vf_coef)
     iteration = make_ppo_iteration(
-        sample_fn=task.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
+        sample_fn=sampling.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
         score_fn=make_score_fn(model, missing_eos_penalty=config.missing_eos_penalty),
         experience_fn=make_experience_fn(model, critic, temperature=config.temperature, gae_lambda=config.gae_lambda),
         update_fn=make_ppo_update(

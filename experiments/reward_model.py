@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import sampling
 import sft
 import task
 import tyro
@@ -101,10 +102,10 @@ def collect_rankings(
     seed: int,
 ) -> list[Ranking]:
     """The human step of the embedded world: sample K responses to each question, have them ranked."""
-    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id, num_responses)
+    sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id, num_responses)
     prompts = task.prompt_rows(config, tokenizer, task.world_prompts(questions))
-    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=128)
-    texts = task.completions(tokenizer, sampled)
+    sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=128)
+    texts = sampling.completions(tokenizer, sampled)
     groups = [texts[i : i + num_responses] for i in range(0, len(texts), num_responses)]
     return task.world_rankings(questions, groups, seed=seed)
 
@@ -120,8 +121,8 @@ def reference_moments(
     seed: int,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores on fresh samples of the SFT policy (lm-human-preferences #16)."""
-    sample = task.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
-    sampled = task.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
+    sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
+    sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
     scores = score_rows(network, params, sampled.tokens, sampled.segment_ids)
     return float(scores.mean()), float(scores.std())
 

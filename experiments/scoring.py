@@ -25,9 +25,11 @@ def score_rows(
     return in_parts(functools.partial(_jitted_scores(network), params), *arrays)
 
 
-def row_logprobs(network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+def row_logprobs(
+    network: TransformerConfig, params: Params, tokens: np.ndarray, segment_ids: np.ndarray, *, temperature: float = 1.0
+) -> np.ndarray:
     """Token log-probs `[N, T]` of a policy, in nats."""
-    return in_parts(functools.partial(_jitted_logprobs(network), params), tokens, segment_ids)
+    return in_parts(functools.partial(_jitted_logprobs(network, temperature), params), tokens, segment_ids)
 
 
 def row_sums(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -51,6 +53,7 @@ def _jitted_scores(network: TransformerConfig):
 
 
 @functools.cache
-def _jitted_logprobs(network: TransformerConfig):
-    model = transformer.causal_model(network)
-    return jax.jit(lambda params, tokens, segment_ids: sequence_token_logprobs(model, params, tokens, segment_ids))
+def _jitted_logprobs(network: TransformerConfig, temperature: float):
+    return jax.jit(
+        functools.partial(sequence_token_logprobs, transformer.causal_model(network), temperature=temperature)
+    )

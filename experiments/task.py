@@ -1,13 +1,10 @@
 """What the scripts of this folder train on: the embedded world, or files in the clean schema given by `--data`."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import chat, synthetic
@@ -19,10 +16,7 @@ from rlhf_jax.data.preferences import preference_ranking, read_preferences, read
 from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
-from rlhf_jax.generation.generate import generate
-from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import TransformerConfig
-from rlhf_jax.types import CausalModel, Generation, Params, PromptBatch, RankingBatch, SequenceBatch
+from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 
 NUM_DEMONSTRATIONS, NUM_RANKINGS, NUM_PROMPTS, NUM_HELD_OUT = 16_000, 4_096, 8_192, 512
 HELD_OUT_FRACTION = 0.1
@@ -165,65 +159,6 @@ def prompt_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Prom
     )
     _say(report, "prompts")
     return prompt_batch(prompts, length=config.prompt_length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size)
-
-
-def sampler(
-    config: TaskConfig,
-    model: CausalModel,
-    *,
-    eos_id: int | None,
-    pad_id: int,
-    temperature: float = 1.0,
-    num_samples: int = 1,
-):
-    """`sample(params, prompts, key) -> Generation` with this task's lengths; not jitted."""
-
-    def sample(params: Params, prompts: PromptBatch, key: jax.Array) -> Generation:
-        return generate(
-            model,
-            params,
-            prompts,
-            key,
-            max_new_tokens=config.response_length,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            temperature=temperature,
-            samples_per_prompt=num_samples,
-        )
-
-    return sample
-
-
-@functools.cache
-def jitted_sampler(
-    config: TaskConfig, network: TransformerConfig, eos_id: int | None, pad_id: int, num_samples: int = 1
-):
-    """`sampler` jitted; equal arguments share one compilation."""
-    model = transformer.causal_model(network)
-    return jax.jit(sampler(config, model, eos_id=eos_id, pad_id=pad_id, num_samples=num_samples))
-
-
-def sample_all(sample_fn, params: Params, prompts: PromptBatch, key: jax.Array, *, batch_size: int) -> Generation:
-    """Sample for all prompts, `batch_size` of them at a time; results on the host.
-
-    A last, smaller batch is filled with copies of its first prompt, which are then thrown away: one compilation.
-    """
-    num_prompts, parts = prompts.tokens.shape[0], []
-    for start in range(0, num_prompts, batch_size):
-        rows = np.arange(start, start + batch_size)
-        rows = np.where(rows < num_prompts, rows, start)
-        batch = jax.tree.map(lambda x, rows=rows: jnp.asarray(np.asarray(x)[rows]), prompts)
-        sampled = jax.device_get(sample_fn(params, batch, jax.random.fold_in(key, start)))
-        per_prompt = sampled.tokens.shape[0] // batch_size
-        keep = min(batch_size, num_prompts - start) * per_prompt
-        parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sampled))
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def completions(tokenizer: Tokenizer, generation: Generation) -> list[str]:
-    """The text of each completion."""
-    tokens, masks = np.asarray(generation.tokens), np.asarray(generation.completion_mask)
-    return [chat.decode_completion(tokenizer, row[mask].tolist()) for row, mask in zip(tokens, masks, strict=True)]
 
 
 def _say(report: DataReport, what: str) -> None:

@@ -1,7 +1,6 @@
 """Attention: which keys a query sees, and the implementations of the product itself, one function each."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -53,11 +52,6 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:
     """cuDNN's fused kernel: NVIDIA GPUs, bfloat16 or float16, head width a multiple of 8 up to 128."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
-
-
-def soft_capped(softcap: float) -> AttentionFn:
-    """Attention with soft-capped logits (Gemma 2), which no fused kernel offers."""
-    return partial(plain_attention, softcap=softcap)
 
 
 def best_for(device: jax.Device, *, dtype: str, head_dim: int) -> AttentionFn:

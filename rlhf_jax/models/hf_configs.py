@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from rlhf_jax.models.attention import soft_capped, xla_attention
 from rlhf_jax.models.rope import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, Yarn
 from rlhf_jax.models.transformer import LayerKind, TransformerConfig
 
@@ -281,7 +280,7 @@ def _gemma(fields: Fields, **differences) -> dict[str, Any]:
         "query_scale": fields.get("query_pre_attn_scalar", 256) ** -0.5,
         "qkv_bias": bias,
         "out_bias": bias,
-        "attention_fn": xla_attention if softcap is None else soft_capped(softcap),
+        "attention_softcap": softcap,
         **differences,
     }
 

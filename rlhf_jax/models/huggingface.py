@@ -7,6 +7,7 @@ Which architectures, and how each lies in its files, is said in `models.families
 pickle is opened and no code of a checkpoint is run.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from rlhf_jax.models.families import FAMILIES, Entry, Family
 from rlhf_jax.models.hf_configs import Fields
@@ -165,12 +167,15 @@ def load_reward_model(
     shard_fn: Callable[[Any], Any] | None = None,
     ignore: Sequence[str] = (),
 ) -> Pretrained:
-    """A reward model, `{"trunk": ..., "head": ...}`: one label of `AutoModelForSequenceClassification`; as `load`."""
+    """A reward model, `{"trunk": ..., "head": ...}`: one label of `AutoModelForSequenceClassification`; as `load`.
+
+    The trunk's config is tied, whatever the file says: there is no output matrix.
+    """
     hf_config = read_config(directory)
     where = str(Path(directory) / "config.json")
     if len(hf_config.get("id2label", {0: ""})) != 1:
         raise ValueError(f"{where}: {len(hf_config['id2label'])} labels; a reward model has one. Nothing was loaded")
-    config = transformer_config(hf_config, where=where, ignore=ignore)
+    config = dataclasses.replace(transformer_config(hf_config, where=where, ignore=ignore), tie_embeddings=True)
     trunk = _read_params(Path(directory), hf_config, config, dtype, shard_fn, head=True)
     weight = trunk.pop("score").reshape(-1)
     head = {"weight": weight.astype(jnp.float32), "bias": jnp.zeros((), jnp.float32)}
@@ -185,7 +190,7 @@ def _entries(family: Family, config: TransformerConfig, *, head: bool) -> list[t
     specs, used = param_specs(config), []
     for entry in family.entries:
         tree = specs["layers"] if "{layer}" in entry.theirs else specs
-        if (head and entry.ours == ("unembedding",)) or any(name not in tree for name in entry.ours):
+        if any(name not in tree for name in entry.ours):
             continue
         skip = ("{layer}" in entry.theirs) + ("{expert}" in entry.theirs)
         used.append((entry, [tree[name].shape[skip:] for name in entry.ours]))
@@ -293,6 +298,7 @@ def save(
     *,
     extra_files: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 4_000_000_000,
+    ignore: Sequence[str] = (),
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all.
 
@@ -302,12 +308,13 @@ def save(
       hf_config: from `load`, `llama_config`, or written by hand.
       extra_files: called with the folder before it gets its name, to add a tokenizer or a model card.
       max_shard_bytes: per weight file.
+      ignore: as in `load`.
 
     Raises:
       FileExistsError: the folder is there.
       ValueError: the parameters are not those of `hf_config`.
     """
-    _save(Path(directory), params, None, hf_config, extra_files, max_shard_bytes)
+    _save(Path(directory), params, None, hf_config, extra_files, max_shard_bytes, ignore)
 
 
 def save_reward_model(
@@ -318,6 +325,7 @@ def save_reward_model(
     pad_token_id: int,
     extra_files: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 4_000_000_000,
+    ignore: Sequence[str] = (),
 ) -> None:
     """Write a folder that `AutoModelForSequenceClassification.from_pretrained` loads, with one label; as `save`.
 
@@ -328,6 +336,7 @@ def save_reward_model(
       pad_token_id: transformers takes the last token with another id for the last one.
       extra_files: as in `save`.
       max_shard_bytes: as in `save`.
+      ignore: as in `load`.
 
     Raises:
       FileExistsError: the folder is there.
@@ -340,15 +349,18 @@ def save_reward_model(
         )
     values = {**hf_config, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad_token_id}
     head = params["head"]["weight"].reshape(1, -1)
-    _save(Path(directory), params["trunk"], head, values, extra_files, max_shard_bytes)
+    _save(Path(directory), params["trunk"], head, values, extra_files, max_shard_bytes, ignore)
 
 
-def _save(directory: Path, params: Params, head, hf_config: dict, extra_files, max_shard_bytes: int) -> None:
+def _save(directory: Path, params: Params, head, hf_config: dict, extra_files, max_shard_bytes: int, ignore) -> None:
     if directory.exists():
         raise FileExistsError(
             f"{directory} is there already and is never overwritten; fix: another name, or move it away"
         )
-    family, config = _family(hf_config, "hf_config"), transformer_config(hf_config, where="hf_config")
+    family, config = _family(hf_config, "hf_config"), transformer_config(hf_config, where="hf_config", ignore=ignore)
+    if head is not None:  # a scorer has no output matrix of its own
+        config = dataclasses.replace(config, tie_embeddings=True)
+        params = {name: part for name, part in params.items() if name != "unembedding"}
     _check_params(params, config)
     dtype = params["embedding"].dtype
     name = family.causal if head is None else family.scoring
@@ -367,11 +379,14 @@ def _save(directory: Path, params: Params, head, hf_config: dict, extra_files, m
 
 
 def _check_params(params: Params, config: TransformerConfig) -> None:
-    specs = param_specs(config)
-    shapes = jax.tree.map(lambda spec: spec.shape, specs, is_leaf=is_spec)
-    mine = jax.tree.map(lambda array: array.shape, params)
-    if jax.tree.structure(mine) != jax.tree.structure(shapes) or mine != shapes:
-        raise ValueError(f"params are not those of hf_config: {mine} instead of {shapes}. Nothing was written")
+    expected = {keystr(path): spec.shape for path, spec in tree_leaves_with_path(param_specs(config), is_leaf=is_spec)}
+    mine = {keystr(path): array.shape for path, array in tree_leaves_with_path(params)}
+    wrong = sorted(name for name in expected.keys() | mine.keys() if expected.get(name) != mine.get(name))
+    if wrong:
+        shown = "; ".join(f"{name} is {mine.get(name)}, not {expected.get(name)}" for name in wrong[:10])
+        raise ValueError(
+            f"params are not those of hf_config: {shown}. Nothing was written. Fix: pass the right hf_config"
+        )
 
 
 def _tensors_of(params: Params, head, family: Family, config: TransformerConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.models.attention import AttentionFn, causal_mask, distances, xla_attention
+from rlhf_jax.models.attention import AttentionFn, causal_mask, distances, plain_attention, xla_attention
 from rlhf_jax.models.experts import expert_mlp, route
 from rlhf_jax.models.parameters import ParamSpec, Specs, init_params
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
@@ -71,6 +71,8 @@ class TransformerConfig:
 
     query_scale: float | None = None
     """Factor on query · key; None is `head_dim^-0.5`."""
+    attention_softcap: float | None = None
+    """Logits go through `softcap * tanh(logits / softcap)` (Gemma 2); no fused kernel has that."""
     qk_norm: bool = False
     """RMSNorm of queries and keys, one scale for all heads (Qwen3, Gemma 3)."""
     qk_norm_across_heads: bool = False
@@ -235,7 +237,7 @@ def hidden(
     """Final hidden states, the last norm applied.
 
     Args:
-      params: from `init`, or loaded.
+      params: from `init`, or loaded; matrices may be `lora.LowRank` or `quantize.Quantized`.
       config: the same that `init` got.
       tokens: `[B, T]`, ids below `vocab_size` (checked on the host, see `data.batching.check_token_ids`).
       positions: `[B, T]`, the place of each token inside its own sequence.
@@ -358,11 +360,16 @@ def _block(weights, config, x, layer_inputs, keys, values, at):
     return after + (_norm(config, weights, "mlp_post_norm", update) if config.post_norm else update), keys, values
 
 
+def _product(equation: str, x: jax.Array, weight) -> jax.Array:
+    """`einsum` with a weight; one that is still no array after `astype` has its own product (`lora.LowRank`)."""
+    return jnp.einsum(equation, x, weight) if isinstance(weight, jax.Array) else weight.product(equation, x)
+
+
 def _attention(weights, config, h, layer_inputs, keys, values, at):
     turn, mask = layer_inputs
 
     def heads(name: str) -> jax.Array:
-        projected = jnp.einsum("btd,dnc->btnc", h, weights[name])
+        projected = _product("btd,dnc->btnc", h, weights[name])
         if config.qkv_bias:
             projected = projected + weights[f"{name}_bias"][None, None]
         if config.qk_norm and name != "value":
@@ -377,8 +384,10 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
         key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
         value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    attended = config.attention_fn(query, key, value, mask, scale=scale)
-    update = jnp.einsum("btnc,ncd->btd", attended, weights["out"])
+    softcap = config.attention_softcap
+    attend = config.attention_fn if softcap is None else partial(plain_attention, softcap=softcap)
+    attended = attend(query, key, value, mask, scale=scale)
+    update = _product("btnc,ncd->btd", attended, weights["out"])
     return update + weights["out_bias"][None, None] if config.out_bias else update, keys, values
 
 
@@ -391,7 +400,7 @@ def _mlp(weights, config, h):
         return expert_mlp(flat, chosen, shares, *matrices, activation=config.activation).reshape(h.shape)
 
     def dense(name: str, x: jax.Array) -> jax.Array:
-        product = jnp.einsum("btd,df->btf", x, weights[name])
+        product = _product("btd,df->btf", x, weights[name])
         return product + weights[f"{name}_bias"][None, None] if config.mlp_bias else product
 
     inner = config.activation(dense("gate", h)) * dense("up", h) if config.gated else config.activation(dense("up", h))

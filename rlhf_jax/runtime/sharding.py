@@ -18,6 +18,7 @@ DEFAULT_RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "expert": None,
 }
 
 BATCH_AXES = ("data", "fsdp")
