@@ -7,7 +7,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8
 
 
 def test_the_example_composes_and_learns(capsys):
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
     rewards = [float(value) for value in re.findall(r"reward (\S+),", capsys.readouterr().out)]
     assert len(rewards) == 12
@@ -16,6 +16,6 @@ def test_the_example_composes_and_learns(capsys):
 
 
 def test_the_two_commands_are_there():
-    for extras, program in (("text,plots", "python experiments/rlhf.py"), ("test", "pytest -n 2")):
+    for extras, program in (("text,plots", "python experiments/rlhf.py"), ("test,parity", "pytest -n 2")):
         install = f'.venv/bin/pip install -c constraints.txt -e ".[{extras}]"'
         assert f"python3 -m venv .venv && {install} && .venv/bin/{program}\n" in README
