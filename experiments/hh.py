@@ -183,7 +183,7 @@ def check_settings(config) -> None:
     if wrong:
         raise SystemExit(
             f"--dataset hh has its own numbers, and {', '.join(wrong)} would have no effect; nothing was started. "
-            "Fix: leave those options away, or change hh_data.HHConfig"
+            "Fix: leave those options away, or change hh_config.HHConfig"
         )
 
 

@@ -60,9 +60,8 @@ def reference_samples(job: Job, data: HHData) -> Generation:
 def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None) -> None:
     """Fit one reward model's head, unless it is there; save it with its moments on `sampled`.
 
-    A score is the head's mean over the reply's tokens. 800 comparisons are too few for a whole network: trained in full,
-    it orders held-out pairs no better, and two of them that saw different halves agree less. So the trunk stays the SFT
-    policy's, and the head minimises the mean Bradley-Terry loss + l2 / 2 |w|², with features in units of their spread.
+    A score is the head's mean over the reply's tokens. 800 comparisons are few for a whole network, so the trunk stays the
+    SFT policy's, and the head minimises the mean Bradley-Terry loss + l2 / 2 |w|², in units of the features' spread.
     """
     folder = job.run / "rewards" / name
     if checkpoint.latest_step(folder / "reward_model") is not None:

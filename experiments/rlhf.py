@@ -36,8 +36,8 @@ from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import open_run, write_json_lines
 from rlhf_jax.types import Frozen, RankingBatch
 
-CACHE: Path | None = Path(os.environ.get("RLHF_JAX_CACHE", Path.home() / ".cache" / "rlhf_jax"))
-"""Compiled programs, so that a second run starts at once."""
+CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"))
+"""Folder of compiled programs, so that a second run starts at once; an empty RLHF_JAX_CACHE keeps none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,8 @@ def play_judge(config: Config, run: Path) -> None:
 
 def main(config: Config) -> dict:
     """Play what is not yet played, then judge."""
-    if CACHE is not None:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    if CACHE:
+        jax.config.update("jax_compilation_cache_dir", CACHE)
     if config.data is not None:
         raise SystemExit(
             "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "

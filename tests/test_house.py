@@ -116,3 +116,13 @@ def test_readme_maps_every_file():
     assert not missing, f"the README's map lacks {missing}"
     gone = [path for path in re.findall(r"`((?:rlhf_jax|experiments)/[\w/]+\.py)`", text) if not (ROOT / path).exists()]
     assert not gone, f"the README's map names {gone}, which are no files"
+
+
+def test_only_source_is_tracked():
+    """No compiled program, data set or weight file, which a run started in this folder may leave behind."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    known = {".py", ".md", ".toml", ".txt", ".ipynb", ".typed"}
+    odd = [name for name in listed.stdout.splitlines() if Path(name).suffix not in known]
+    assert sorted(odd) == [".ci/run", ".gitignore", "LICENSE"]

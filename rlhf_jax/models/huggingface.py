@@ -23,7 +23,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from rlhf_jax.models.families import FAMILIES, Entry, Family
 from rlhf_jax.models.hf_configs import Fields
 from rlhf_jax.models.parameters import is_spec, logical_axes
-from rlhf_jax.models.tensor_files import Stored, find_tensors, write_tensors
+from rlhf_jax.models.tensor_files import Stored, find_tensors, read_object, write_tensors
 from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import Params
 
@@ -60,14 +60,7 @@ def read_config(directory: Path | str) -> dict[str, Any]:
       ValueError: it is no JSON object, asks for code of its own (`auto_map`) or for quantised weights.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Fix: give a folder that holds a Hugging Face checkpoint")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}). Fix: copy the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object. Fix: copy the file again")
+    values = read_object(path, missing="give a folder that holds a Hugging Face checkpoint")
     if values.get("auto_map"):
         raise ValueError(
             f"{path}: auto_map asks to run code of the checkpoint, which is never done. Nothing was loaded"
@@ -77,7 +70,9 @@ def read_config(directory: Path | str) -> dict[str, Any]:
     return values
 
 
-def transformer_config(hf_config: dict[str, Any], *, where: str = "config.json", ignore: Sequence[str] = ()):
+def transformer_config(
+    hf_config: dict[str, Any], *, where: str = "config.json", ignore: Sequence[str] = ()
+) -> TransformerConfig:
     """The `TransformerConfig` that a `config.json` describes.
 
     Raises `ValueError` for an unknown `model_type`, a value that the network here does not have, and a field that nobody

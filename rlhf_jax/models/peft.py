@@ -27,7 +27,7 @@ from rlhf_jax.models.huggingface import transformer_config
 from rlhf_jax.models.layouts import Shape
 from rlhf_jax.models.lora import MATRICES, lora_specs, matrices, split_dims
 from rlhf_jax.models.parameters import is_spec
-from rlhf_jax.models.tensor_files import Stored, read_header
+from rlhf_jax.models.tensor_files import Stored, read_header, read_object
 from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import Params
 
@@ -281,13 +281,8 @@ def _read_layer(tensors: dict[str, Stored], module: _Module, name: str) -> list[
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Fix: give a folder that PEFT's save_pretrained wrote")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}). Fix: copy the file again") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+    values = read_object(path, missing="give a folder that PEFT's save_pretrained wrote")
+    if values.get("peft_type") != "LORA":
         raise ValueError(f"{path}: not the config of a LoRA adapter (peft_type). Nothing was loaded")
     problems = [f"{name} = {values[name]!r}" for name in sorted(values) if values[name] and name not in READ | HARMLESS]
     if values.get("bias", "none") != "none":

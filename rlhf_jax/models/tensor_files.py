@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +47,22 @@ class Stored(NamedTuple):
         if flat.size != count:
             raise ValueError(f"{self.path}: ends inside a tensor. Fix: copy the file again")
         return flat.reshape(self.shape)
+
+
+def read_object(path: Path, *, missing: str) -> dict[str, Any]:
+    """A JSON object; `missing` says how to fix that the file is not there.
+
+    Raises `FileNotFoundError`, or `ValueError` where it holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Fix: {missing}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}). Fix: copy the file again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not an object. Fix: copy the file again")
+    return values
 
 
 def find_tensors(directory: Path) -> dict[str, Stored]:

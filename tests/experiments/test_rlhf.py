@@ -31,7 +31,7 @@ def config(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, value in {"DEMONSTRATIONS": 400, "RANKINGS": 32, "PROMPTS": 128, "HELD_OUT": 20}.items():
         patch.setattr(task, f"NUM_{name}", value)
-    patch.setattr(rlhf, "CACHE", None)
+    patch.setattr(rlhf, "CACHE", "")
     network = SFTConfig(num_epochs=1, model_dim=16, num_heads=2, mlp_dim=16, num_layers=1)
     run = tmp_path_factory.mktemp("runs") / "tiny"
     yield rlhf.Config(
