@@ -1,5 +1,6 @@
 """Every family against the torch model of transformers: logits under every option, padding, packing, decoding, gradients."""
 
+import functools
 import tempfile
 
 import jax
@@ -139,15 +140,19 @@ def case(request, tmp_path_factory):
     return model, folder, huggingface.load(folder)
 
 
-def logits_of(loaded, tokens, segment_ids) -> np.ndarray:
-    tokens, segment_ids = jnp.asarray(tokens), jnp.asarray(segment_ids)
+@functools.cache
+def jitted_logits(config):
+    """One compilation for all rows of a network that have one shape."""
 
-    @jax.jit
     def run(params, tokens, segment_ids):
-        states, _ = transformer.hidden(params, loaded.config, tokens, positions_from_segments(segment_ids), segment_ids)
-        return transformer.unembed(params, loaded.config, states)
+        states, _ = transformer.hidden(params, config, tokens, positions_from_segments(segment_ids), segment_ids)
+        return transformer.unembed(params, config, states)
 
-    return np.asarray(run(loaded.params, tokens, segment_ids))
+    return jax.jit(run)
+
+
+def logits_of(loaded, tokens, segment_ids) -> np.ndarray:
+    return np.asarray(jitted_logits(loaded.config)(loaded.params, jnp.asarray(tokens), jnp.asarray(segment_ids)))
 
 
 def torch_logits(model, tokens) -> np.ndarray:
