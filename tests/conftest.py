@@ -1,9 +1,13 @@
-"""Strictness for every test: two fake CPU devices, no silent rank promotion, a persistent compilation cache."""
+"""Strictness for every test: two fake CPU devices, no silent rank promotion, a persistent compilation cache.
+
+The tests' networks are tiny, so that compiling takes most of the time: XLA leaves its expensive passes out.
+"""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest
