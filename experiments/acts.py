@@ -1,13 +1,21 @@
 """One act of a job: how long it is, and that it is played once."""
 
 import json
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import write_json
+
+
+def note_command(run: Path) -> None:
+    """Add this process's command line to `commands.txt`, from which a model card takes it."""
+    with (run / "commands.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join(["python", *sys.argv]) + "\n")
 
 
 def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> None:

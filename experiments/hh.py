@@ -26,7 +26,7 @@ import numpy as np
 import reward_model
 import sampling
 import sft
-from acts import timed
+from acts import note_command, timed
 from hh_config import HHConfig, Job
 from hh_data import DOMAINS, HHData
 from hh_markers import has_marker
@@ -49,10 +49,11 @@ COUPLED = ("sft", "kl_coef_1e3")
 
 def play_sft(job: Job, data: HHData) -> None:
     """Act 1, on the chosen replies of both halves of both domains."""
-    network = sft.network_config(job.hh.sft, data.tokenizer.vocab_size)
+    policy = sft.start(job.hh.sft, data.tokenizer, model=job.model, seed=job.seed)
     rows = hh_data.demonstration_rows(job.hh, data, data.of("a", "b"))
-    params = sft.train(job.hh.sft, network, rows, seed=job.seed, log_to=job.run / "metrics.jsonl")
-    sft.save(job.run, network, data.tokenizer, params)
+    log_to = job.run / "metrics.jsonl"
+    params = sft.train(job.hh.sft, policy.config, policy.params, rows, seed=job.seed, log_to=log_to)
+    sft.save(job.run, data.tokenizer, policy._replace(params=params))
 
 
 def load_policy(job: Job, name: str, network: TransformerConfig) -> Params:
@@ -171,7 +172,7 @@ def judge(job: Job, data: HHData) -> None:
     write_json_lines(job.run / "samples.jsonl", rows)
 
 
-HEEDED = ("run", "resume", "seed", "dataset", "data_dir")
+HEEDED = ("run", "resume", "seed", "dataset", "data_dir", "model")
 """Fields of `rlhf.Config` that this job reads."""
 
 
@@ -191,9 +192,10 @@ def main(config, numbers: HHConfig | None = None) -> dict:
     """Play what is not yet played, then judge; `config` is `rlhf.Config`."""
     check_settings(config)
     pairs = hh_data.read_pairs(config.data_dir)
-    job = Job(config.run, config.resume, config.seed, config.data_dir, numbers or HHConfig())
+    job = Job(config.run, config.resume, config.seed, config.data_dir, config.model, numbers or HHConfig())
     run = open_run(job.run, job, resume=job.resume)
-    data = hh_data.load(job.hh, pairs, run, seed=job.seed)
+    note_command(run)
+    data = hh_data.load(job.hh, pairs, run, model=job.model, seed=job.seed)
     print(hh_render.describe(hh_data.counts(job.hh, data)))
     timed(run, "sft", lambda: play_sft(job, data), run / "sft")
     timed(run, "reward_model", lambda: hh_rewards.play(job, data))

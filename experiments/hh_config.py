@@ -82,4 +82,5 @@ class Job:
     resume: bool
     seed: int
     data_dir: Path | None
+    model: Path | None
     hh: HHConfig

@@ -67,19 +67,22 @@ def split(config: HHConfig, pairs: dict[str, list[Preference]], *, seed: int) ->
     return parts
 
 
-def load(config: HHConfig, pairs: dict[str, list[Preference]], run: Path, *, seed: int) -> HHData:
-    """Split, and a tokenizer trained once on what is not held out."""
+def load(config: HHConfig, pairs: dict[str, list[Preference]], run: Path, *, model: Path | None, seed: int) -> HHData:
+    """Split, and the tokenizer in the folder `model`, or one trained once on what is not held out."""
     parts = split(config, pairs, seed=seed)
     if not (run / "tokenizer").exists():
         train = [pair for domain in DOMAINS for part in ("a", "b") for pair in parts[domain][part]]
         texts = [f"{pair.prompt[0].content}\n{reply}" for pair in train for reply in (pair.chosen, pair.rejected)]
-        save_tokenizer(train_bpe(texts, vocab_size=config.vocab_size), run / "tokenizer")
+        trained = model is None
+        tokenizer = train_bpe(texts, vocab_size=config.vocab_size) if trained else load_tokenizer(model, template=False)
+        save_tokenizer(tokenizer, run / "tokenizer")
     return HHData(parts, load_tokenizer(run / "tokenizer"))
 
 
 def encode_turns(config: HHConfig, tokenizer: Tokenizer, pairs: Sequence[Preference]) -> list[tuple[int, ...]]:
-    """The end of each human turn, then bos as the border to the reply."""
-    turns = [(*tokenizer.encode(pair.prompt[0].content), tokenizer.bos_id) for pair in pairs]
+    """The end of each human turn, then bos (or eos, where there is no bos) as the border to the reply."""
+    border = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    turns = [(*tokenizer.encode(pair.prompt[0].content), border) for pair in pairs]
     return fit_prompts(turns, length=config.prompt_length, overlong=truncate_left)[0]
 
 

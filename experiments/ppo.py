@@ -3,6 +3,7 @@
     python experiments/ppo.py --run runs/mine
 
 takes up `runs/mine/sft` and `runs/mine/reward_model` and writes `runs/mine/ppo`. Two CPU cores, about a minute and a half.
+`--model` and `--reward-model` name checkpoints of the Hugging Face ecosystem to take up instead.
 Defaults are those of lm-human-preferences where it has one. Deviations, all for a run of minutes instead of days: 40
 iterations of 192 completions, 2 epochs of 4 minibatches, a learning rate 30 times higher, a KL controller 17 times faster.
 """
@@ -18,7 +19,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import refuse_again
+from acts import note_command, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -72,21 +73,30 @@ class PPOConfig:
 class Config(task.TaskConfig):
     """Act 3 alone."""
 
+    reward_model: Path | None = None
+    """Folder of an `AutoModelForSequenceClassification` with one label; none = the run's own."""
     ppo: PPOConfig = PPOConfig()
 
 
 @functools.cache
-def build(config: PPOConfig, lengths: task.TaskConfig, network: TransformerConfig, eos_id: int, pad_id: int):
+def build(
+    config: PPOConfig,
+    lengths: task.TaskConfig,
+    network: TransformerConfig,
+    reward_network: TransformerConfig,
+    eos_id: int,
+    pad_id: int,
+):
     """The optimiser and the jitted iteration; equal arguments share one compilation."""
-    model = transformer.causal_model(network)
-    critic = separate_critic(model) if config.separate_critic else shared_critic
+    model, reward = transformer.causal_model(network), transformer.causal_model(reward_network)
+    critic = separate_critic(reward) if config.separate_critic else shared_critic
     steps = config.num_epochs * config.num_minibatches
     schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
     optimizer = ppo_optimizer(schedule)
     objective = actor_critic(model, critic, temperature=config.temperature, vf_coef=config.vf_coef)
     iteration = make_ppo_iteration(
         sample_fn=sampling.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
-        score_fn=make_score_fn(model, missing_eos_penalty=config.missing_eos_penalty),
+        score_fn=make_score_fn(reward, missing_eos_penalty=config.missing_eos_penalty),
         experience_fn=make_experience_fn(model, critic, temperature=config.temperature, gae_lambda=config.gae_lambda),
         update_fn=make_ppo_update(
             make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches),
@@ -110,18 +120,20 @@ def train(
     *,
     seed: int,
     log_to: Path,
+    reward_network: TransformerConfig | None = None,
     demonstrations: SequenceBatch | None = None,
     stage: str = "ppo",
 ) -> tuple[Params, list[dict[str, float]]]:
     """Train the policy that `frozen.ref_params` starts; returns its parameters and the metrics of every iteration.
 
-    `demonstrations` are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
+    `reward_network` is the reward model's shape, the policy's where it is None. `demonstrations` are the rows that PPO-ptx
+    keeps likely; needed when `config.ptx_coef` is not 0.
     """
-    mesh, history = make_mesh(), []
-    optimizer, iteration = build(config, lengths, network, tokenizer.eos_id, tokenizer.pad_id)
+    mesh, history, reward_network = make_mesh(), [], reward_network or network
+    optimizer, iteration = build(config, lengths, network, reward_network, tokenizer.eos_id, tokenizer.pad_id)
     critic = {"head": init_value_head(network.model_dim)}
     if config.separate_critic:
-        critic = critic_from_trunk(frozen.reward_params["trunk"], network.model_dim)
+        critic = critic_from_trunk(frozen.reward_params["trunk"], reward_network.model_dim)
     state = init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef)
     root = jax.random.key(seed)
     with MetricLog(log_to, stage, config.num_iterations, show=SHOW) as log:
@@ -145,16 +157,32 @@ def main(config: Config) -> None:
     """Play act 3 and save the policy."""
     run = config.run
     refuse_again(run / "ppo")
-    tokenizer, network, policy = sft.load(run)
-    reward_params, mean, std = reward_model.load(run, network, tokenizer)
-    frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
+    tokenizer, network, policy = sft.take_up(config)
+    note_command(run)
     train_prompts, _ = task.load_prompts(config)
     rows = task.prompt_rows(config, tokenizer, train_prompts)
+    if config.reward_model is None:
+        reward_network, (reward_params, mean, std) = network, reward_model.load(run, network, tokenizer)
+    else:
+        reward = reward_network, reward_params = reward_model.load_folder(config.reward_model, tokenizer)
+        some = jax.tree.map(lambda x: x[:512], rows)
+        mean, std = reward_model.reference_moments(config, network, tokenizer, policy, reward, some, seed=config.seed)
+    frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     demonstrations = None
     if config.ppo.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
-    options = {"seed": config.seed, "log_to": run / "metrics.jsonl", "demonstrations": demonstrations}
-    params, history = train(config.ppo, config, network, tokenizer, frozen, rows, **options)
+    params, history = train(
+        config.ppo,
+        config,
+        network,
+        tokenizer,
+        frozen,
+        rows,
+        seed=config.seed,
+        log_to=run / "metrics.jsonl",
+        reward_network=reward_network,
+        demonstrations=demonstrations,
+    )
     checkpoint.save(run / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
     print(f"KL {history[-1]['objective/kl']:.2f} nats; policy saved in {run / 'ppo'}")
 

@@ -3,9 +3,9 @@
     python experiments/reward_model.py --run runs/mine
 
 takes up `runs/mine/sft`, samples K responses to each prompt from it, has simulated annotators rank them best to worst and
-writes `runs/mine/reward_model`. With `--data FILE` it learns from the rankings or pairs of that file instead. Two CPU
-cores, about two minutes. Deviation: three epochs; with pretrained networks one is usual, and more overfits (Stiennon et
-al. 2020).
+writes `runs/mine/reward_model`. With `--data FILE` it learns from the rankings or pairs of that file instead, with
+`--model DIRECTORY` a checkpoint takes the place of `runs/mine/sft`. Two CPU cores, about two minutes. Deviation: three
+epochs; with pretrained networks one is usual, and more overfits (Stiennon et al. 2020).
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ import sampling
 import sft
 import task
 import tyro
-from acts import num_steps_of, refuse_again
+from acts import note_command, num_steps_of, refuse_again
 from scoring import score_rows
 
 from rlhf_jax.data import synthetic
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.records import Prompt, Ranking
-from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.models import transformer
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import reward_model
@@ -115,7 +115,7 @@ def reference_moments(
     network: TransformerConfig,
     tokenizer: Tokenizer,
     policy: Params,
-    params: Params,
+    reward: tuple[TransformerConfig, Params],
     prompts: PromptBatch,
     *,
     seed: int,
@@ -123,7 +123,7 @@ def reference_moments(
     """Mean and standard deviation of the raw scores on fresh samples of the SFT policy (lm-human-preferences #16)."""
     sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
     sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
-    scores = score_rows(network, params, sampled.tokens, sampled.segment_ids)
+    scores = score_rows(*reward, sampled.tokens, sampled.segment_ids)
     return float(scores.mean()), float(scores.std())
 
 
@@ -148,11 +148,25 @@ def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[P
     return checkpoint.restore(run / "reward_model", like), notes["mean"], notes["std"]
 
 
+def load_folder(folder: Path, tokenizer: Tokenizer) -> tuple[TransformerConfig, Params]:
+    """A reward model in a Hugging Face folder: network and parameters. Its tokenizer must be the policy's."""
+    theirs = load_tokenizer(folder)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{folder}: the reward model's tokenizer ({theirs.fingerprint[:12]}, {theirs.vocab_size} ids) is not the policy's "
+            f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids), so it would read other text than was written; "
+            "nothing was started. Fix: a reward model trained on the policy's tokenizer"
+        )
+    loaded = huggingface.load_reward_model(folder)
+    return loaded.config, loaded.params
+
+
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
     run = config.run
     refuse_again(run / "reward_model")
-    tokenizer, network, policy = sft.load(run)
+    tokenizer, network, policy = sft.take_up(config)
+    note_command(run)
     num_responses = config.reward.num_responses
     if config.data is None:
         prompts, held_out_prompts = task.load_prompts(config)
@@ -169,7 +183,7 @@ def main(config: Config) -> None:
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
     params = train(config.reward, network, policy, data, seed=config.seed, log_to=run / "metrics.jsonl")
     rows = task.prompt_rows(config, tokenizer, prompts[:512])
-    mean, std = reference_moments(config, network, tokenizer, policy, params, rows, seed=config.seed)
+    mean, std = reference_moments(config, network, tokenizer, policy, (network, params), rows, seed=config.seed)
     save(run, params, tokenizer, mean=mean, std=std)
     held_out_rows = task.ranking_rows(config, tokenizer, held_out, num_responses=num_responses)
     result = evaluate(reward_model(transformer.causal_model(network)))(params, sft.batches(held_out_rows, 32))

@@ -25,7 +25,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import timed
+from acts import note_command, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -58,10 +58,11 @@ class Config(task.TaskConfig):
 def play_sft(config: Config, run: Path) -> None:
     """Act 1."""
     tokenizer, demonstrations, _ = task.load_demonstrations(config, run)
-    network = sft.network_config(config.sft, tokenizer.vocab_size)
+    policy = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
-    params = sft.train(config.sft, network, rows, seed=config.seed, log_to=run / "metrics.jsonl")
-    sft.save(run, network, tokenizer, params)
+    log_to = run / "metrics.jsonl"
+    params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, log_to=log_to)
+    sft.save(run, tokenizer, policy._replace(params=params))
 
 
 def play_reward_model(config: Config, run: Path) -> None:
@@ -79,7 +80,7 @@ def fit_reward_model(
     log_to = run / "metrics.jsonl"
     params = reward_model.train(config.reward, network, policy, data, seed=seed, log_to=log_to, stage=stage)
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0][:512])
-    moments = reward_model.reference_moments(config, network, tokenizer, policy, params, prompts, seed=seed)
+    moments = reward_model.reference_moments(config, network, tokenizer, policy, (network, params), prompts, seed=seed)
     reward_model.save(save_to, params, tokenizer, mean=moments[0], std=moments[1])
 
 
@@ -135,6 +136,7 @@ def main(config: Config) -> dict:
     if config.dataset == "hh":
         return hh.main(config)
     run = open_run(config.run, config, resume=config.resume)
+    note_command(run)
     timed(run, "sft", lambda: play_sft(config, run), run / "sft")
     timed(run, "reward_model", lambda: play_reward_model(config, run), run / "reward_model")
     timed(run, "ppo", lambda: play_ppo(config, run), run / "ppo")

@@ -3,8 +3,8 @@
     python experiments/sft.py --run runs/mine
 
 writes `runs/mine/sft` (the policy), which `reward_model.py` and `ppo.py` take up. Two CPU cores, about a minute; held-out
-loss about 0.59 nats per token. Deviation from the paper: the network starts from random weights, not from a pretrained
-language model.
+loss about 0.59 nats per token. Deviation from the paper: the network starts from random weights, unless `--model
+DIRECTORY` names a checkpoint to start from (its learning rate wants to be a hundredth of the default).
 """
 
 import dataclasses
@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import task
 import tyro
-from acts import num_steps_of, refuse_again
+from acts import note_command, num_steps_of, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
-from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.huggingface import Pretrained
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
@@ -34,7 +36,7 @@ from rlhf_jax.types import Params, SequenceBatch
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """Numbers of act 1, and the network's shape for all three."""
+    """Numbers of act 1, and the shape of a network that starts from random weights."""
 
     num_epochs: float = 2.5
     batch_size: int = 32
@@ -67,6 +69,21 @@ def network_config(config: SFTConfig, vocab_size: int) -> TransformerConfig:
     )
 
 
+def start(config: SFTConfig, tokenizer: Tokenizer, *, model: Path | None, seed: int) -> Pretrained:
+    """What act 1 starts from: the checkpoint in the folder `model`, or random weights."""
+    if model is None:
+        network = network_config(config, tokenizer.vocab_size)
+        return Pretrained(network, transformer.init(jax.random.key(seed), network), huggingface.llama_config(network))
+    loaded = huggingface.load(model)
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise ValueError(
+            f"{model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding {loaded.config.vocab_size} "
+            "rows; nothing was started. Fix: the weights and the tokenizer of one model"
+        )
+    print(f"{model}: {sum(x.size for x in jax.tree.leaves(loaded.params)):,} parameters")
+    return loaded
+
+
 def batches(data, batch_size: int) -> Iterator:
     """All rows of `data` once, in order; the remainder of an uneven division is left out."""
     num_rows = jax.tree.leaves(data)[0].shape[0]
@@ -75,8 +92,10 @@ def batches(data, batch_size: int) -> Iterator:
         yield jax.tree.map(lambda x, start=start: x[start : start + size], data)
 
 
-def train(config: SFTConfig, network: TransformerConfig, data: SequenceBatch, *, seed: int, log_to: Path) -> Params:
-    """Fit the policy to the demonstrations."""
+def train(
+    config: SFTConfig, network: TransformerConfig, params: Params, data: SequenceBatch, *, seed: int, log_to: Path
+) -> Params:
+    """Fit the policy, from `params`, to the demonstrations."""
     mesh = make_mesh()
     num_rows = data.tokens.shape[0]
     num_steps = num_steps_of(config, num_rows, "packed rows of demonstrations")
@@ -84,7 +103,7 @@ def train(config: SFTConfig, network: TransformerConfig, data: SequenceBatch, *,
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
     train_step = jax.jit(train_step, donate_argnames="state")
-    state = init_train_state(transformer.init(jax.random.key(seed), network), optimizer)
+    state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
     with MetricLog(log_to, "sft", num_steps, show={"sft/nll": "nll", "sft/accuracy": "accuracy"}) as log:
         for step in range(num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)
@@ -94,14 +113,10 @@ def train(config: SFTConfig, network: TransformerConfig, data: SequenceBatch, *,
     return state.params
 
 
-def save(run: Path, network: TransformerConfig, tokenizer: Tokenizer, params: Params) -> None:
+def save(run: Path, tokenizer: Tokenizer, policy: Pretrained) -> None:
     """Keep the policy of act 1; its network is described as a Hugging Face checkpoint describes it."""
-    notes = {
-        "hf_config": huggingface.llama_config(network),
-        "unroll": network.unroll,
-        "tokenizer": tokenizer.fingerprint,
-    }
-    checkpoint.save(run / "sft", 0, params, notes=notes)
+    notes = {"hf_config": policy.hf_config, "unroll": policy.config.unroll, "tokenizer": tokenizer.fingerprint}
+    checkpoint.save(run / "sft", 0, policy.params, notes=notes)
 
 
 def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
@@ -114,17 +129,32 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
     return tokenizer, network, checkpoint.restore(run / "sft", like)
 
 
+def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Params]:
+    """The policy that a later act starts from: act 1's of this run or, where there is none, `--model`, kept as act 1's."""
+    run = config.run
+    if config.model is not None:
+        if checkpoint.latest_step(run / "sft") is not None:
+            raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
+        tokenizer = load_tokenizer(config.model)
+        policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed)
+        save_tokenizer(tokenizer, run / "tokenizer")
+        save(run, tokenizer, policy)
+    return load(run)
+
+
 def main(config: Config) -> None:
     """Play act 1 and save the policy."""
     if config.data is not None:
         read_demonstrations(config.data)  # what is wrong with the file is told before the run's folder is opened
     run = open_run(config.run, config, resume=config.resume)
+    note_command(run)
     refuse_again(run / "sft")
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
-    network = network_config(config.sft, tokenizer.vocab_size)
+    policy = start(config.sft, tokenizer, model=config.model, seed=config.seed)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
-    params = train(config.sft, network, rows, seed=config.seed, log_to=run / "metrics.jsonl")
-    save(run, network, tokenizer, params)
+    network, log_to = policy.config, run / "metrics.jsonl"
+    params = train(config.sft, network, policy.params, rows, seed=config.seed, log_to=log_to)
+    save(run, tokenizer, policy._replace(params=params))
     held_out_rows = task.demonstration_rows(config, tokenizer, held_out)
     result = evaluate(sft(transformer.causal_model(network)))(params, batches(held_out_rows, 64))
     print(f"held-out loss {result['sft/nll']:.3f} nats per token; policy saved in {run / 'sft'}")

@@ -33,7 +33,10 @@ class TaskConfig:
     seed: int = 0
     data: Path | None = None
     """JSON lines in the clean schema; none = the embedded world."""
+    model: Path | None = None
+    """Hugging Face folder of weights and tokenizer to start from; none = random weights, and a tokenizer made here."""
     vocab_size: int = 1024
+    """Of the tokenizer made here."""
     prompt_length: int = 16
     """Tokens; longer prompts lose their beginning."""
     response_length: int = 19
@@ -43,7 +46,7 @@ class TaskConfig:
 
 
 def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[Demonstration], list[Demonstration]]:
-    """Tokenizer (trained on the text once, then kept in `run/tokenizer`), training and held-out demonstrations."""
+    """Tokenizer (the model's, or trained on the text; kept in `run/tokenizer`), training and held-out demonstrations."""
     if config.data is None:
         train = world_demonstrations(synthetic.demonstrations(config.seed, NUM_DEMONSTRATIONS))
         rng = np.random.default_rng([config.seed, 1])
@@ -54,8 +57,12 @@ def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[
         print(f"{config.data}: {report}")
         train, held_out = split_by_prompt(records, fraction=HELD_OUT_FRACTION, seed=config.seed)
     if not (run / "tokenizer").exists():
-        texts = [chat.render(record.prompt) + " " + record.response for record in train]
-        save_tokenizer(train_bpe(texts, vocab_size=config.vocab_size), run / "tokenizer")
+        texts = (chat.render(record.prompt) + " " + record.response for record in train)
+        trained = config.model is None
+        save_tokenizer(
+            train_bpe(texts, vocab_size=config.vocab_size) if trained else load_tokenizer(config.model),
+            run / "tokenizer",
+        )
     return load_tokenizer(run / "tokenizer"), train, held_out
 
 

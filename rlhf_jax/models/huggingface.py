@@ -214,7 +214,7 @@ def _read_params(directory, hf_config, config, dtype, shard_fn, *, head: bool) -
         for name in entry.ours:
             tree, places = (specs["layers"], shardings and shardings["layers"]) if layered else (specs, shardings)
             shape = tree[name].shape if name in tree else (1, config.model_dim)
-            sharding = places[name] if places and name in tree else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            sharding = places[name] if places and name in tree else None
             targets.append(_Buffer(shape, np.dtype(dtype), sharding))
         for theirs, index in _places(entry, config):
             for target, part in zip(targets, entry.layout.split(tensors[theirs].read(), shapes), strict=True):
@@ -227,11 +227,12 @@ def _read_params(directory, hf_config, config, dtype, shard_fn, *, head: bool) -
 class _Buffer:
     """One array under construction: a piece of host memory for every device of this process."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> None:
-        self.shape, self.sharding = shape, sharding
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> None:
+        self.is_placed = sharding is not None
+        self.shape, self.sharding = shape, sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.indices = {
             device: tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
+            for device, index in self.sharding.addressable_devices_indices_map(shape).items()
         }
         self.pieces = {
             device: np.empty([part.stop - part.start for part in index], dtype)
@@ -246,7 +247,9 @@ class _Buffer:
                 self.pieces[device][tuple(i - cut.start for i, cut in zip(at, lead, strict=True))] = part[rest]
 
     def array(self) -> jax.Array:
-        """The array; the host memory is given up."""
+        """The array; the host memory is given up. Without a sharding it is uncommitted: `jit` may move it."""
+        if not self.is_placed:
+            return jnp.asarray(self.pieces.popitem()[1])
         arrays = [jax.device_put(self.pieces.pop(device), device) for device in list(self.pieces)]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
 

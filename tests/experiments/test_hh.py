@@ -95,7 +95,7 @@ def test_nobody_is_trained_and_judged_on_the_same_prompt(config, result):
 
 
 def test_length_blind_pairs_show_no_length(config, result):
-    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
+    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, model=None, seed=0)
     rows = hh_data.matched_rows(TINY, data, data.of("a"))
     sizes = rows.segment_ids.sum(axis=2)
     assert (sizes[:, 0] == sizes[:, 1]).all()
@@ -104,8 +104,8 @@ def test_length_blind_pairs_show_no_length(config, result):
 
 def test_act_3_stops_at_its_target(config, result):
     """With a target out of reach it goes on to the last iteration; with one that the first update passes it does not."""
-    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
-    job = Job(config.run, True, 0, config.data_dir, TINY)
+    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, model=None, seed=0)
+    job = Job(config.run, True, 0, config.data_dir, None, TINY)
     steps = {}
     for target in (1e3, 1e-3):
         numbers = dataclasses.replace(TINY.ppo, kl_target=target, num_iterations=3, learning_rate=0.1)
@@ -303,7 +303,7 @@ def test_options_without_effect_are_refused(tmp_path, option):
 
 
 def test_pairs_that_read_alike_when_cut_teach_nothing(config, result):
-    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, seed=0)
+    data = hh_data.load(TINY, hh_data.read_pairs(config.data_dir), config.run, model=None, seed=0)
     pair = data.of("a")[0]
     long = dataclasses.replace(pair, chosen="yes " * 20 + "a", rejected="yes " * 20 + "b")
     assert hh_data.differing(TINY, data, [long, pair]) == [pair]
