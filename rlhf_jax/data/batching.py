@@ -21,6 +21,7 @@ from rlhf_jax.data.records import (
     Prompt,
     Ranking,
     TokenizedDemonstration,
+    TokenizedDialogue,
     TokenizedRanking,
 )
 from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
@@ -129,6 +130,27 @@ def packed_demonstration_batch(
             loss_mask[r, start + len(prompt) : end] = True
             start = end
     return SequenceBatch(tokens=tokens, segment_ids=segment_ids, loss_mask=loss_mask)
+
+
+def dialogue_batch(
+    examples: Sequence[TokenizedDialogue], *, length: int, pad_id: int, vocab_size: int
+) -> SequenceBatch:
+    """Rows of whole dialogues, padded on the right: `tokens`, `segment_ids`, `loss_mask` `[B, length]`.
+
+    `loss_mask` is True on every reply, its end included. Raises `ValueError`, naming the row, for a dialogue longer
+    than `length`, one that teaches nothing or begins with what it teaches, or an id outside the vocabulary.
+    """
+    for row, (ids, mask) in enumerate(examples):
+        if len(ids) != len(mask):
+            raise ValueError(f"row {row}: {len(ids)} ids, but a loss mask of {len(mask)}; fix: give each id its own")
+        start = mask.index(True) if True in mask else len(ids)
+        _check_fits(start, len(ids) - start, length, f"row {row}")
+    tokens = _padded([ids for ids, _ in examples], length, pad_id, vocab_size)
+    masks = [[*mask, *[False] * (length - len(mask))] for _, mask in examples]
+    ends = _column([len(ids) for ids, _ in examples])
+    return SequenceBatch(
+        tokens=tokens, segment_ids=(np.arange(length) < ends).astype(np.int32), loss_mask=np.array(masks, bool)
+    )
 
 
 def ranking_batch(

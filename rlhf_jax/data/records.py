@@ -65,6 +65,13 @@ class TokenizedDemonstration(NamedTuple):
     response_ids: tuple[int, ...]
 
 
+class TokenizedDialogue(NamedTuple):
+    """Token ids of a whole dialogue, and which of them are learned: every reply of the assistant with its end."""
+
+    ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
 class TokenizedRanking(NamedTuple):
     """Token ids of a prompt and of K responses to it, with their ranks (0 = best, equal = tie)."""
 

@@ -2,7 +2,8 @@
 
 Text that spells a special token is plain text: `encode` never returns the pad, bos or eos id, so a user
 cannot close a turn by typing its marker. `decode` gives no text for them. `pad_id == eos_id` is legal,
-because masks come from lengths.
+because masks come from lengths. A folder with a chat template gives a tokenizer that writes dialogues with it
+(`data.templates`); the template is part of the fingerprint.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rlhf_jax.data.templates import ChatTemplate, read_template
 
 NUM_BYTES = 256
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<|pad|>", "<|bos|>", "<|endoftext|>"
@@ -30,17 +33,20 @@ class Tokenizer:
     """Ids are `0 <= id < vocab_size`: rows of an embedding."""
     pad_id: int
     eos_id: int
+    """Ends a completion: the eos token, or with a chat template the special token that ends the assistant's turn."""
     bos_id: int | None
     turn_ids: Mapping[str, int]
     """Role to the id that opens its turn; empty where a dialogue's turns are marked by text (`data.chat`)."""
     fingerprint: str
-    """sha256, in hex, of the vocabulary and the special ids."""
+    """sha256, in hex, of the vocabulary, the special ids and the chat template."""
     encode: Callable[[str], list[int]] = field(compare=False, repr=False)
     """Text to ids, special tokens neither added nor recognised."""
     decode: Callable[[Sequence[int]], str] = field(compare=False, repr=False)
     """Ids to text; special ids give none, bad UTF-8 gives U+FFFD. Raises `ValueError` for unknown ids."""
     save: Callable[[Path], None] = field(compare=False, repr=False)
     """Writes the files that `load_tokenizer` reads into an existing folder."""
+    template: ChatTemplate | None = field(default=None, compare=False, repr=False)
+    """How dialogues are written, where the tokenizer brings a chat template."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -98,12 +104,14 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return _wrap_backend(backend, **names, extra_special_tokens=list(TURN_TOKENS.values()))
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Path, *, template: bool = True) -> Tokenizer:
     """Loads a tokenizer from local files: no network, no remote code.
 
     Takes what `save_tokenizer` wrote, any folder that `transformers.AutoTokenizer` reads, or GPT-2's
-    `encoder.json` + `vocab.bpe`. Without a pad token, `pad_id` is `eos_id`. Raises `ValueError` when the
-    folder holds no tokenizer, when there is no eos token, or when typed special tokens cannot be kept plain.
+    `encoder.json` + `vocab.bpe`. Without a pad token, `pad_id` is `eos_id`. A chat template in the folder is used, and
+    names `eos_id`; `template=False` leaves it out, also of what is saved. Raises `ValueError` when the folder holds no
+    tokenizer, when there is no eos token, when typed special tokens cannot be kept plain, or for the reasons that
+    `templates.read_template` gives.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -120,11 +128,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         )
     from transformers import AutoTokenizer
 
-    return _wrap(
-        AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, split_special_tokens=True
-        )
+    source = AutoTokenizer.from_pretrained(
+        str(directory), local_files_only=True, trust_remote_code=False, split_special_tokens=True
     )
+    if not template:
+        source.chat_template = None
+    return _wrap(source)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -158,38 +167,40 @@ def _wrap_backend(backend: Any, **special_tokens: str | list[str]) -> Tokenizer:
 
 def _wrap(source: Any) -> Tokenizer:
     """A `transformers` tokenizer as a `Tokenizer`."""
-    eos_id = source.eos_token_id
+    vocabulary = source.get_vocab()
+    vocab_size = max(vocabulary.values()) + 1
+
+    def encode(text: str) -> list[int]:
+        return list(source(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    def decode(ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        ids = [*after, *_checked(ids, vocab_size)]
+        return source.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(directory: Path) -> None:
+        source.save_pretrained(str(directory))
+
+    template = read_template(source, decode=decode) if source.chat_template else None
+    eos_id = template.end_id if template else source.eos_token_id
     if eos_id is None:
         raise ValueError(
             f"{source.name_or_path}: the tokenizer has no eos token, so a reply could never end; "
             'fix: add "eos_token" to tokenizer_config.json'
         )
-    vocabulary = source.get_vocab()
-    vocab_size = max(vocabulary.values()) + 1
     pad_id = eos_id if source.pad_token_id is None else source.pad_token_id
-    has_turns = set(TURN_TOKENS.values()) <= set(source.all_special_tokens)
-    turn_ids = {role: vocabulary[token] for role, token in TURN_TOKENS.items()} if has_turns else {}
-
-    def encode(text: str) -> list[int]:
-        return list(source(text, add_special_tokens=False, split_special_tokens=True).input_ids)
-
-    def decode(ids: Sequence[int]) -> str:
-        return source.decode(_checked(ids, vocab_size), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def save(directory: Path) -> None:
-        source.save_pretrained(str(directory))
-
+    has_turns = template is None and set(TURN_TOKENS.values()) <= set(source.all_special_tokens)
     _check_specials_stay_plain(encode, source.all_special_tokens, source.all_special_ids)
     return Tokenizer(
         vocab_size=vocab_size,
         pad_id=pad_id,
         eos_id=eos_id,
         bos_id=source.bos_token_id,
-        turn_ids=turn_ids,
-        fingerprint=_fingerprint(vocabulary, pad_id, eos_id, source.bos_token_id),
+        turn_ids={role: vocabulary[token] for role, token in TURN_TOKENS.items()} if has_turns else {},
+        fingerprint=_fingerprint(vocabulary, pad_id, eos_id, source.bos_token_id, template.text if template else None),
         encode=encode,
         decode=decode,
         save=save,
+        template=template,
     )
 
 
@@ -213,6 +224,9 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def _fingerprint(vocabulary: Mapping[str, int], pad_id: int, eos_id: int, bos_id: int | None) -> str:
+def _fingerprint(
+    vocabulary: Mapping[str, int], pad_id: int, eos_id: int, bos_id: int | None, template: str | None = None
+) -> str:
     content = {"vocabulary": dict(vocabulary), "pad": pad_id, "eos": eos_id, "bos": bos_id}
+    content |= {} if template is None else {"template": template}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

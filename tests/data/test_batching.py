@@ -12,13 +12,20 @@ from rlhf_jax.data.batching import (
     batch_indices,
     check_token_ids,
     demonstration_batch,
+    dialogue_batch,
     packed_demonstration_batch,
     prompt_batch,
     ranking_batch,
     split_by_prompt,
 )
 from rlhf_jax.data.preferences import read_preferences
-from rlhf_jax.data.records import Message, Preference, TokenizedDemonstration, TokenizedRanking
+from rlhf_jax.data.records import (
+    Message,
+    Preference,
+    TokenizedDemonstration,
+    TokenizedDialogue,
+    TokenizedRanking,
+)
 
 # --- order --------------------------------------------------------------------------------
 
@@ -135,6 +142,40 @@ def test_demonstration_batch():
     np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]])
     assert (batch.tokens.dtype, batch.segment_ids.dtype, batch.loss_mask.dtype) == (np.int32, np.int32, bool)
+
+
+def test_dialogue_batch():
+    turns = TokenizedDialogue((5, 6, 7, 1, 5, 2, 1), (False, False, True, True, False, True, True))
+    batch = dialogue_batch([turns, TokenizedDialogue((5, 1), (False, True))], length=8, pad_id=1, vocab_size=8)
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 7, 1, 5, 2, 1, 1], [5, 1, 1, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]])
+    assert (batch.tokens.dtype, batch.segment_ids.dtype, batch.loss_mask.dtype) == (np.int32, np.int32, bool)
+
+
+def test_dialogues_of_one_reply_are_demonstrations():
+    dialogues = [TokenizedDialogue(p + r, (False,) * len(p) + (True,) * len(r)) for p, r in EXAMPLES]
+    options = {"length": 6, "pad_id": 0, "vocab_size": 8}
+    for field, expected in vars(demonstration_batch(EXAMPLES, **options)).items():
+        np.testing.assert_array_equal(getattr(dialogue_batch(dialogues, **options), field), expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "fault"),
+    [
+        ((5, 6, 7, 1, 2), "..***", r"row 1: 2 prompt \+ 3 response tokens > length 4; fix: "),
+        ((5, 6), "..", "row 1: the response has no token; fix: "),
+        ((5, 6), "**", "row 1: the prompt has no token; fix: "),
+        ((5, 6), ".", "row 1: 2 ids, but a loss mask of 1; fix: give each id its own"),
+        ((5, 8), ".*", "tokens: token id 8 >= vocabulary 8 at row 1, column 1"),
+    ],
+)
+def test_dialogues_that_do_not_fit_are_refused(ids, mask, fault):
+    examples = [TokenizedDialogue((5, 1), (False, True)), TokenizedDialogue(ids, tuple(m == "*" for m in mask))]
+    with pytest.raises(ValueError, match=fault):
+        dialogue_batch(examples, length=4, pad_id=0, vocab_size=8)
+    with pytest.raises(ValueError, match="a batch of 0 rows"):
+        dialogue_batch([], length=4, pad_id=0, vocab_size=8)
 
 
 def test_packed_rows_hold_every_example_once():

@@ -9,6 +9,7 @@ from rlhf_jax.data.chat import (
     decode_completion,
     encode_completion,
     encode_demonstration,
+    encode_dialogue,
     encode_prompt,
     encode_prompts,
     encode_ranking,
@@ -103,3 +104,69 @@ def test_records():
     assert ranking.responses == (encode_completion(TOKENIZER, "a"), encode_completion(TOKENIZER, "b"))
     assert ranking.ranks == (1, 0)
     assert encode_prompts(TOKENIZER, [Prompt("p", DIALOGUE)]) == [demonstration.prompt_ids]
+
+
+# --- whole dialogues ----------------------------------------------------------------------
+
+
+def test_a_dialogue_with_turn_ids_learns_each_reply_and_its_end(bpe):
+    messages = (*DIALOGUE, Message("assistant", "so long"))
+    ids, mask = encode_dialogue(bpe, messages)
+    assert ids == encode_prompt(bpe, DIALOGUE) + encode_completion(bpe, "so long")
+    expected = [False, *[False] * len(bpe.encode(" hi")), False, *[True] * len(bpe.encode(" hello")), True]
+    expected += [False, *[False] * len(bpe.encode(" bye")), False, *[True] * len(bpe.encode(" so long")), True]
+    assert list(mask) == expected
+
+
+def test_a_dialogue_as_plain_text_has_one_reply():
+    messages = [Message("user", "hi"), Message("assistant", "hello")]
+    ids, mask = encode_dialogue(TOKENIZER, messages)
+    text = "\n\nHuman: hi\n\nAssistant:"
+    assert ids == (TOKENIZER.bos_id, *text.encode(), *b" hello", TOKENIZER.eos_id)
+    assert mask == (False,) * (1 + len(text)) + (True,) * len(" hello.")
+    with pytest.raises(
+        ValueError, match=r"no end after an earlier reply \(before message 3\).* fix: encode one demonstration"
+    ):
+        encode_dialogue(TOKENIZER, [*DIALOGUE, Message("assistant", "so long")])
+    for bad in ([], DIALOGUE):
+        with pytest.raises(ValueError, match="does not end in a reply of the assistant; it was not encoded; fix: "):
+            encode_dialogue(TOKENIZER, bad)
+    with pytest.raises(ValueError, match="unknown role 'bot'"):
+        encode_dialogue(TOKENIZER, [Message("bot", "x"), Message("assistant", "y")])
+
+
+# --- a chat template ----------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|turn_' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|pad|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn_assistant|>' }}{% endif %}"
+)
+"""No space before a content, and another end than the tokenizer's eos token."""
+
+
+def test_the_template_is_used_wherever_text_becomes_ids(tmp_path):
+    plain = train_bpe([TEXT], vocab_size=270)
+    save_tokenizer(plain, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path)
+    user, assistant, system = (plain.turn_ids[role] for role in ("user", "assistant", "system"))
+    assert tokenizer.eos_id == plain.pad_id != plain.eos_id
+    question = (system, *plain.encode("be"), user, *plain.encode("hi"), assistant)
+    prompt = (Message("system", "be"), Message("user", "hi"))
+    bye, hello = ((*plain.encode(text), tokenizer.eos_id) for text in ("bye", "hello"))
+    bos = (plain.bos_id,)
+    assert encode_demonstration(tokenizer, Demonstration("d", prompt, "bye")) == (bos + question, bye)
+    assert encode_ranking(tokenizer, Ranking("r", prompt, ("bye", "hello"), (1, 0))) == (
+        bos + question,
+        (bye, hello),
+        (1, 0),
+    )
+    assert encode_prompts(tokenizer, [Prompt("p", prompt)]) == [bos + question]
+    assert decode_completion(tokenizer, bye) == "bye"
+    messages = [*prompt, Message("assistant", "hello"), Message("user", "hi"), Message("assistant", "bye")]
+    again = (user, *plain.encode("hi"), assistant)
+    ids, mask = encode_dialogue(tokenizer, messages)
+    assert ids == bos + question + hello + again + bye
+    assert [i for i, learned in zip(ids, mask, strict=True) if learned] == [*hello, *bye]
+    assert mask.index(True) == len(bos + question)

@@ -142,6 +142,43 @@ def test_foreign_folders(tmp_path, bpe):
     assert loaded.encode(UNICODE[3]) == bpe.encode(UNICODE[3])
 
 
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|turn_' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn_assistant|>' }}{% endif %}"
+)
+
+
+def test_a_chat_template_in_the_folder_belongs_to_the_tokenizer(tmp_path, bpe):
+    """It is used, kept, part of the fingerprint by a formula of its own, and left out on request."""
+    save_tokenizer(bpe, tmp_path / "a")
+    (tmp_path / "a" / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert tokenizer.template.text == TEMPLATE
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.turn_ids) == (bpe.eos_id, bpe.pad_id, {})
+    vocabulary = json.loads((tmp_path / "a" / "tokenizer.json").read_text())["model"]["vocab"]
+    content = {"vocabulary": vocabulary, "pad": 0, "eos": 2, "bos": 1}
+    hashes = [
+        hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()
+        for c in (content, content | {"template": TEMPLATE})
+    ]
+    assert [bpe.fingerprint, tokenizer.fingerprint] == hashes
+    save_tokenizer(tokenizer, tmp_path / "b")
+    assert load_tokenizer(tmp_path / "b") == tokenizer != bpe
+    assert load_tokenizer(tmp_path / "b", template=False) == bpe
+    save_tokenizer(load_tokenizer(tmp_path / "b", template=False), tmp_path / "c")
+    assert load_tokenizer(tmp_path / "c") == bpe
+    assert [tokenizer.encode(text) for text in UNICODE] == [bpe.encode(text) for text in UNICODE]
+    assert not {0, 1, 2, *bpe.turn_ids.values()} & set(tokenizer.encode(INJECTION))
+
+
+def test_without_an_eos_token_the_template_may_still_end_replies(tmp_path, bpe):
+    folder = saved_with_config(bpe, tmp_path / "x", eos_token=None)
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("eos_token", "'<|pad|>'"))
+    assert load_tokenizer(folder).eos_id == 0
+    with pytest.raises(ValueError, match="has no eos token"):
+        load_tokenizer(folder, template=False)
+
+
 def test_refused_folders(tmp_path, bpe):
     with pytest.raises(ValueError, match="no such folder; fix: "):
         load_tokenizer(tmp_path / "nowhere")
