@@ -1,13 +1,18 @@
 """A run's folder: created once, never overwritten, continued only on request and only with the same configuration."""
 
+import contextlib
 import dataclasses
+import datetime
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 _PARTIAL = ".partial"
+_LOCK = "run.lock"
 
 
 def open_run(folder: Path, config: Any, *, resume: bool = False) -> Path:
@@ -21,28 +26,98 @@ def open_run(folder: Path, config: Any, *, resume: bool = False) -> Path:
     Raises:
       FileExistsError: the folder exists and `resume` is off.
       ValueError: `resume` is on and the stored configuration differs (the message lists the fields), or there is none.
+      OSError: nothing can be written there.
     """
     folder = Path(folder)
     wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     stored_at = folder / "config.json"
-    if folder.exists() and any(path.suffix != _PARTIAL for path in folder.iterdir()):
+    check_writable(folder)
+    if any(path.suffix != _PARTIAL and path.name != _LOCK for path in folder.iterdir()):
         if not resume:
             raise FileExistsError(
                 f"{folder} exists and is never overwritten: continue it with --resume or choose another --run"
             )
         if not stored_at.exists():
             raise ValueError(f"{folder} holds no config.json, so it is no run of this program: choose another --run")
-        _refuse_changes(folder, json.loads(stored_at.read_text()), wanted)
+        stored = json.loads(stored_at.read_text(encoding="utf-8"))
+        free = ("run", "resume")
+        refuse_changes(folder, *({k: v for k, v in facts.items() if k not in free} for facts in (stored, wanted)))
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(stored_at, wanted)
     return folder
 
 
+def check_writable(folder: Path) -> None:
+    """Make the folder and write a byte there, before anything slow starts.
+
+    Raises:
+      OSError: of the kind that the system gave (permission denied, read-only, no space, ...), in one line.
+    """
+    probe = Path(folder) / f"probe{_PARTIAL}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        text = f"cannot write to {folder} ({reason}); nothing was started. Fix: choose another --run, or make this one writable"
+        raise type(error)(error.errno, text) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process, and every other `with` of this one, out of a run's folder; made when missing.
+
+    The lock is `flock`'s on `run.lock`: it ends with the process, however that ends, so none is ever stale. With several
+    processes of one run only the first takes it.
+
+    Raises:
+      BlockingIOError: somebody else is there; the message says who.
+      OSError: nothing can be written there, or the file system knows no locks.
+    """
+    check_writable(folder)
+    path = Path(folder) / _LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            text = f"{folder} is in use by {file.read().strip() or 'a process that just started'}; nothing was started"
+            raise BlockingIOError(error.errno, f"{text}. Fix: wait for it, stop it, or choose another --run") from error
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")  # to be read, never computed with
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()} (since {now})\n")
+        file.flush()
+        yield
+
+
+def refuse_changes(where: Path | str, stored: Mapping, wanted: Mapping, *, force: bool = False) -> list[str]:
+    """Compare facts of a saved run with those of this one; returns the differences, `name: old -> new`.
+
+    Raises:
+      ValueError: there are differences, and no `force`.
+    """
+    stored, wanted = (_flat(json.loads(json.dumps(facts))) for facts in (stored, wanted))
+    changed = [
+        f"{name}: {stored.get(name, 'nothing')} -> {wanted.get(name, 'nothing')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if changed and not force:
+        raise ValueError(
+            f"{where} was started with another configuration, nothing was changed. {'; '.join(changed)}. "
+            "Resume with the first values or choose another --run"
+        )
+    return changed
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all (temporary name, then rename)."""
+    """Write a text file whole or not at all (temporary name, then rename; on the disk before the rename)."""
     temporary = path.with_name(path.name + _PARTIAL)
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -83,20 +158,6 @@ def _dump(where: Path | str, content: Any, **options: Any) -> str:
         return json.dumps(content, ensure_ascii=False, allow_nan=False, **options)
     except ValueError as error:
         raise ValueError(f"{where}: not written, a number is not finite ({error})") from error
-
-
-def _refuse_changes(folder: Path, stored: dict, wanted: dict) -> None:
-    stored, wanted = _flat(stored), _flat(wanted)
-    changed = [
-        f"{name}: {stored.get(name, 'nothing')} -> {wanted.get(name, 'nothing')}"
-        for name in sorted(stored.keys() | wanted.keys())
-        if name not in ("run", "resume") and stored.get(name) != wanted.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was started with another configuration, nothing was changed. {'; '.join(changed)}. "
-            "Resume with the first values or choose another --run"
-        )
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, str]:

@@ -6,6 +6,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from rlhf_jax.runtime.faults import injected
 from rlhf_jax.runtime.metrics import MetricLog, check_finite
 from rlhf_jax.runtime.runs import read_json_lines, write_json_lines
 
@@ -102,3 +103,74 @@ def test_rows_that_are_no_log_are_refused(tmp_path):
     write_json_lines(path, [{"step": 1}])
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: no row of a MetricLog"):
         log_steps(path, "ppo", range(1))
+
+
+def test_cut_at_any_byte_the_rows_are_whole_again(tmp_path):
+    """A kill may leave any prefix; the checkpoint tells the step to go on with, and every step below it was logged."""
+    path = tmp_path / "metrics.jsonl"
+    log_steps(path, "sft", range(1))
+    log_steps(path, "pò", range(2))
+    written = path.read_bytes()
+    for cut in range(len(written) + 1):
+        whole = written[:cut].count(b"\n")
+        for first_step in range(max(whole - 1, 0) + 1):
+            path.write_bytes(written[:cut])
+            log_steps(path, "pò", range(first_step, 2), first_step=first_step, kl=0.75)
+            sft = [("sft", 0, 0.5)] * (whole > 0)
+            old = [("pò", step, 0.5) for step in range(first_step)]
+            assert steps_of(path) == sft + old + [("pò", step, 0.75) for step in range(first_step, 2)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([0, 3, 5], "lacks steps 1-2, 4 of 'ppo'"),
+        ([0, 1, 1, 2, 3, 4, 5], "holds steps twice"),
+        ([], "lacks steps 0-5 of"),
+    ],
+)
+def test_a_gap_is_refused(tmp_path, steps, message):
+    path = tmp_path / "metrics.jsonl"
+    write_json_lines(path, [{"stage": "ppo", "step": step} for step in steps])
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=f"{message}.*checkpoint is 6 steps old; nothing was changed. Fix: bring the file"
+    ):
+        log_steps(path, "ppo", [6], first_step=6)
+    assert path.read_bytes() == before
+
+
+def test_sinks_get_every_step_and_cannot_stop_one(tmp_path, capsys):
+    seen = []
+
+    def tracker(step, values):
+        seen.append((step, dict(values)))
+        values.clear()
+        if step == 1:
+            raise ConnectionError("offline")
+
+    with MetricLog(tmp_path / "m.jsonl", "ppo", 3, show=SHOW, sinks=[tracker, lambda step, values: 1 / step]) as log:
+        returned = [log.write(step, {"objective/kl": 0.5}, tokens=1) for step in range(3)]
+    assert seen == [(step, {"objective/kl": 0.5}) for step in range(3)]
+    assert returned == [{"objective/kl": 0.5}] * 3
+    assert [row["step"] for row in read_json_lines(tmp_path / "m.jsonl")] == [0, 1, 2]
+    err = capsys.readouterr().err
+    assert err.count("tracker failed at step 1, m.jsonl goes on (ConnectionError('offline'))") == 1
+    assert err.count("<lambda> failed at step 0, m.jsonl goes on (ZeroDivisionError") == 1
+
+
+def test_an_interrupt_in_a_sink_is_no_failure(tmp_path):
+    def sink(step, values):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), MetricLog(tmp_path / "m.jsonl", "ppo", 3, show=SHOW, sinks=[sink]) as log:
+        log.write(0, {"objective/kl": 0.5}, tokens=1)
+
+
+def test_a_full_disk_names_the_step(tmp_path):
+    with (
+        injected("log_write@2=enospc"),
+        pytest.raises(OSError, match=r"ppo step 1 was not logged .No space left on device"),
+    ):
+        log_steps(tmp_path / "m.jsonl", "ppo", range(3))
+    assert [row["step"] for row in read_json_lines(tmp_path / "m.jsonl")] == [0]

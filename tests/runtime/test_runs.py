@@ -1,12 +1,22 @@
 """A run's folder: started once, resumed only as it was started; files whole or absent."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from rlhf_jax.runtime.runs import open_run, read_json_lines, write_json, write_json_lines
+from rlhf_jax.runtime.runs import (
+    check_writable,
+    locked,
+    open_run,
+    read_json_lines,
+    refuse_changes,
+    write_json,
+    write_json_lines,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +86,50 @@ def test_a_damaged_line_is_named(tmp_path):
     assert next(rows) == {"step": 0}
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: no JSON"):
         next(rows)
+
+
+def test_one_process_and_one_with_at_a_time(tmp_path):
+    run = tmp_path / "deep" / "run"
+    with locked(run):
+        text = (run / "run.lock").read_text()
+        assert text.startswith(f"pid {os.getpid()} on ")
+        with (
+            pytest.raises(BlockingIOError, match=f"in use by pid {os.getpid()} on .* \\(since 2.*nothing was started"),
+            locked(run),
+        ):
+            pass
+        assert (run / "run.lock").read_text() == text
+        open_run(run, Config())  # a lock is no content
+    with locked(run):
+        assert len((run / "run.lock").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_takes_nothing_is_told_in_one_line(tmp_path, monkeypatch, code):
+    def refuse(path, data):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    for use in (check_writable, lambda run: open_run(run, Config()), lambda run: locked(run).__enter__()):
+        with pytest.raises(
+            OSError, match=f"cannot write to .*x \\({os.strerror(code)}\\); nothing was started. Fix: "
+        ) as error:
+            use(tmp_path / "x")
+        assert error.value.errno == code
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_below_a_file_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"cannot write to .*file/run \(Not a directory\)"):
+        open_run(tmp_path / "file" / "run", Config())
+
+
+def test_changed_facts_are_listed_and_can_be_forced():
+    stored, wanted = {"data": {"rows": 40}, "tokenizer": "9f"}, {"data": {"rows": 41}, "tokenizer": "9f", "format": 2}
+    with pytest.raises(
+        ValueError, match=r"here was started with .* data.rows: 40 -> 41; format: nothing -> 2. Resume with"
+    ):
+        refuse_changes("here", stored, wanted)
+    assert refuse_changes("here", stored, wanted, force=True) == ["data.rows: 40 -> 41", "format: nothing -> 2"]
+    assert refuse_changes("here", stored, {"tokenizer": "9f", "data": {"rows": 40}}) == []
