@@ -164,7 +164,9 @@ def main(config: Config) -> None:
     if config.reward_model is None:
         reward_network, (reward_params, mean, std) = network, reward_model.load(run, network, tokenizer)
     else:
-        reward = reward_network, reward_params = reward_model.load_folder(config.reward_model, tokenizer)
+        reward = reward_network, reward_params = reward_model.load_folder(
+            config.reward_model, tokenizer, dtype=config.dtype
+        )
         some = jax.tree.map(lambda x: x[:512], rows)
         mean, std = reward_model.reference_moments(config, network, tokenizer, policy, reward, some, seed=config.seed)
     frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))

@@ -148,7 +148,7 @@ def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[P
     return checkpoint.restore(run / "reward_model", like), notes["mean"], notes["std"]
 
 
-def load_folder(folder: Path, tokenizer: Tokenizer) -> tuple[TransformerConfig, Params]:
+def load_folder(folder: Path, tokenizer: Tokenizer, *, dtype: str = "float32") -> tuple[TransformerConfig, Params]:
     """A reward model in a Hugging Face folder: network and parameters. Its tokenizer must be the policy's."""
     theirs = load_tokenizer(folder)
     if theirs.fingerprint != tokenizer.fingerprint:
@@ -158,7 +158,7 @@ def load_folder(folder: Path, tokenizer: Tokenizer) -> tuple[TransformerConfig, 
             "nothing was started. Fix: a reward model trained on the policy's tokenizer"
         )
     loaded = huggingface.load_reward_model(folder)
-    return loaded.config, loaded.params
+    return sft.computed(loaded.config, dtype), loaded.params
 
 
 def main(config: Config) -> None:

@@ -58,7 +58,7 @@ class Config(task.TaskConfig):
 def play_sft(config: Config, run: Path) -> None:
     """Act 1."""
     tokenizer, demonstrations, _ = task.load_demonstrations(config, run)
-    policy = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed)
+    policy = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
     log_to = run / "metrics.jsonl"
     params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, log_to=log_to)

@@ -21,6 +21,7 @@ from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.attention import best_for
 from rlhf_jax.models.huggingface import Pretrained
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
@@ -69,10 +70,18 @@ def network_config(config: SFTConfig, vocab_size: int) -> TransformerConfig:
     )
 
 
-def start(config: SFTConfig, tokenizer: Tokenizer, *, model: Path | None, seed: int) -> Pretrained:
+def computed(network: TransformerConfig, dtype: str) -> TransformerConfig:
+    """The network in this dtype, with the best attention that this machine has."""
+    attention_fn = best_for(jax.devices()[0], dtype=dtype, head_dim=network.head_dim)
+    return dataclasses.replace(network, dtype=dtype, attention_fn=attention_fn)
+
+
+def start(
+    config: SFTConfig, tokenizer: Tokenizer, *, model: Path | None, seed: int, dtype: str = "float32"
+) -> Pretrained:
     """What act 1 starts from: the checkpoint in the folder `model`, or random weights."""
     if model is None:
-        network = network_config(config, tokenizer.vocab_size)
+        network = computed(network_config(config, tokenizer.vocab_size), dtype)
         return Pretrained(network, transformer.init(jax.random.key(seed), network), huggingface.llama_config(network))
     loaded = huggingface.load(model)
     if tokenizer.vocab_size > loaded.config.vocab_size:
@@ -81,7 +90,7 @@ def start(config: SFTConfig, tokenizer: Tokenizer, *, model: Path | None, seed: 
             "rows; nothing was started. Fix: the weights and the tokenizer of one model"
         )
     print(f"{model}: {sum(x.size for x in jax.tree.leaves(loaded.params)):,} parameters")
-    return loaded
+    return loaded._replace(config=computed(loaded.config, dtype))
 
 
 def batches(data, batch_size: int) -> Iterator:
@@ -115,7 +124,8 @@ def train(
 
 def save(run: Path, tokenizer: Tokenizer, policy: Pretrained) -> None:
     """Keep the policy of act 1; its network is described as a Hugging Face checkpoint describes it."""
-    notes = {"hf_config": policy.hf_config, "unroll": policy.config.unroll, "tokenizer": tokenizer.fingerprint}
+    how = {"unroll": policy.config.unroll, "dtype": policy.config.dtype}
+    notes = {"hf_config": policy.hf_config, **how, "tokenizer": tokenizer.fingerprint}
     checkpoint.save(run / "sft", 0, policy.params, notes=notes)
 
 
@@ -125,6 +135,7 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
     if notes["tokenizer"] != tokenizer.fingerprint:
         raise ValueError(f"{run / 'tokenizer'} is not the tokenizer that the policy in {run / 'sft'} was trained with")
     network = dataclasses.replace(huggingface.transformer_config(notes["hf_config"]), unroll=notes["unroll"])
+    network = computed(network, notes["dtype"])
     like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     return tokenizer, network, checkpoint.restore(run / "sft", like)
 
@@ -136,7 +147,7 @@ def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Para
         if checkpoint.latest_step(run / "sft") is not None:
             raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
         tokenizer = load_tokenizer(config.model)
-        policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed)
+        policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
         save_tokenizer(tokenizer, run / "tokenizer")
         save(run, tokenizer, policy)
     return load(run)
@@ -150,7 +161,7 @@ def main(config: Config) -> None:
     note_command(run)
     refuse_again(run / "sft")
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
-    policy = start(config.sft, tokenizer, model=config.model, seed=config.seed)
+    policy = start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
     network, log_to = policy.config, run / "metrics.jsonl"
     params = train(config.sft, network, policy.params, rows, seed=config.seed, log_to=log_to)

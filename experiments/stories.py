@@ -75,7 +75,7 @@ def tell(config: Config, policy, openings: Sequence[str], *, seed: int, num_samp
 def play_sft(config: Config, run: Path) -> None:
     """Act 1: imitate the model's own stories, ended after the last whole sentence that fits."""
     tokenizer = load_tokenizer(config.model)
-    base = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed)
+    base = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     openings = stories_judge.openings(held_out=False)
     policy = (tokenizer, base.config, base.params)
     _, groups = tell(config, policy, openings, seed=1, num_samples=config.num_samples)
@@ -140,7 +140,7 @@ def play_ppo(config: Config, run: Path) -> None:
 def play_judge(config: Config, run: Path) -> None:
     """One story to each held-out opening by every storyteller, with its KL from act 1's."""
     tokenizer, network, reference = sft.load(run)
-    base = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed).params
+    base = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype).params
     like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     rows, openings = [], stories_judge.openings(held_out=True)
     for name, params in (("pretrained", base), ("sft", reference), ("ppo", checkpoint.restore(run / "ppo", like))):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class TaskConfig:
     """JSON lines in the clean schema; none = the embedded world."""
     model: Path | None = None
     """Hugging Face folder of weights and tokenizer to start from; none = random weights, and a tokenizer made here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; parameters stay float32."""
     vocab_size: int = 1024
     """Of the tokenizer made here."""
     prompt_length: int = 16
