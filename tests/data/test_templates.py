@@ -445,6 +445,18 @@ def test_no_space_is_put_before_the_first_word_of_a_reply(families):
     assert starts == {"mistral v0.1": "yes", "mistral v0.3": "▁yes", "zephyr": "yes"}
 
 
+def test_added_words_stay_words_and_the_longest_marker_counts(tmp_path):
+    """As in Gemma's and Phi's vocabularies: words and white space among the added tokens, one token beginning another."""
+    backend, added, names = FAMILIES["chatml"][1:4]
+    added = added + plain("user", "\n\n") + special("<|im_end|>\n")
+    folder = folder_of(tmp_path, CHATML, backend(), added, names)
+    family = SimpleNamespace(source=AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    messages = [Message("user", "the user\n\nuser"), Message("assistant", "yes user"), Message("user", "so")]
+    tokenizer = load_tokenizer(folder)
+    assert encode_prompt(tokenizer, messages) == tuple(whole(family, messages, add_generation_prompt=True))
+    assert tokenizer.eos_id == family.source.convert_tokens_to_ids("<|im_end|>\n")
+
+
 # --- unknown characters -------------------------------------------------------------------
 
 
@@ -504,6 +516,7 @@ NO_OPENING = CHATML.split("{% if add_generation_prompt %}")[0]
         (TWICE, "does not print 1 messages once and in order"),
         (CHATML.replace("message['content']", "'hi'"), "does not print 1 messages"),
         (NO_END, "no one special token ends every reply, so the end could not be learned; fix: print eos_token"),
+        (CHATML.replace("{% generation %}", "{{ '<|im_end|>' }}"), "no one special token ends every reply"),
         (OTHER_END, "no one special token ends every reply"),
         (
             OTHER_OPENING,
@@ -538,6 +551,9 @@ def test_roles_that_a_template_refuses_or_drops(families, tmp_path):
         ValueError, match=r"prints message 0 \(system\) 0 times in a dialogue of roles system, user; .*fix: "
     ):
         encode_prompt(load_with(tmp_path, silent), [Message("system", "be brief"), hello])
+    mute = CHATML.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1]['role'] == 'user'")
+    with pytest.raises(ValueError, match="does not let the assistant speak after the system's message; nothing was"):
+        encode_prompt(load_with(tmp_path / "mute", mute), [hello, Message("system", "be brief")])
     for encode in (encode_prompt, encode_dialogue):
         with pytest.raises(ValueError, match="unknown role 'bot'"):
             encode(families["chatml"].tokenizer, [Message("bot", "x"), Message("assistant", "yes")])
@@ -578,14 +594,17 @@ def test_contents_that_a_template_changes_are_refused(tmp_path):
         encode_completion(load_with(tmp_path / "c", endless), "no!")
 
 
-def test_a_history_that_changes_as_the_dialogue_goes_on_is_no_row(tmp_path):
-    tokenizer = load_with(tmp_path, "{{ 'long: ' if messages | length > 3 else '' }}" + CHATML)
-    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
-    assert encode_dialogue(tokenizer, messages[:2]).ids == encode_prompt(tokenizer, messages[:1]) + encode_completion(
-        tokenizer, "b"
-    )
+def test_a_history_that_changes_as_the_dialogue_goes_on_is_no_row_and_a_prompt_in_one_piece(families, tmp_path):
+    changing = "{{ 'long: ' if messages | length > 2 else '' }}" + CHATML
+    tokenizer = load_with(tmp_path, changing)
+    texts = ["a", "\n\nb", "c", "\n\nd", "e", "f"]
+    messages = [Message(role, text) for role, text in zip(["user", "assistant"] * 3, texts, strict=True)]
+    first = encode_prompt(tokenizer, messages[:1]) + encode_completion(tokenizer, messages[1].content)
+    assert encode_dialogue(tokenizer, messages[:2]).ids == first
     with pytest.raises(ValueError, match=r"writes what precedes message 1 \(assistant\) otherwise once it is answered"):
         encode_dialogue(tokenizer, messages)
+    prompt = whole(families["chatml"], messages[:5], add_generation_prompt=True, chat_template=unmarked(changing))
+    assert encode_prompt(tokenizer, messages[:5]) == tuple(prompt)
 
 
 # --- files --------------------------------------------------------------------------------
