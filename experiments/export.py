@@ -65,7 +65,7 @@ def main(config: Config) -> None:
         figures = {"score_mean": mean - float(head["bias"]), "score_std": std, **figures}
         params = {**params, "head": {**head, "bias": jnp.zeros_like(head["bias"])}}
     else:
-        params = policy if act == "sft" else judge.load_policy(run, network)
+        params = policy if act == "sft" else judge.load_policy(run, network, tokenizer)
     commands = (
         (run / "commands.txt").read_text(encoding="utf-8").splitlines() if (run / "commands.txt").exists() else []
     )

@@ -11,6 +11,7 @@ import task
 from scoring import row_logprobs, row_sums, score_rows
 
 from rlhf_jax.data.records import Ranking
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
@@ -28,8 +29,10 @@ def rankings_of_policy(config: task.TaskConfig, run: Path, *, num_responses: int
     return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
 
 
-def load_policy(folder: Path, network: TransformerConfig) -> Params:
+def load_policy(folder: Path, network: TransformerConfig, tokenizer: Tokenizer) -> Params:
     """The policy of act 3."""
+    if checkpoint.read_notes(folder / "ppo")["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(f"the policy in {folder / 'ppo'} was trained with another tokenizer than act 1's")
     return checkpoint.restore(folder / "ppo", jax.eval_shape(lambda: transformer.init(jax.random.key(0), network)))
 
 
@@ -54,7 +57,7 @@ def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
     tokenizer, network, policy = sft.load(run)
     reward_params, mean, std = reward_model.load(run, network, tokenizer)
     sides = {}
-    for side, params, seed in (("before", policy, 1), ("after", load_policy(run, network), 2)):
+    for side, params, seed in (("before", policy, 1), ("after", load_policy(run, network, tokenizer), 2)):
         texts, sampled, kl = answer(config, run, params, seed=config.seed + seed)
         scores = (score_rows(network, reward_params, sampled.tokens, sampled.segment_ids) - mean) / std
         columns = (texts, sampled.completion_mask.sum(axis=1), scores, kl)
@@ -91,7 +94,7 @@ def demonstration_rows(config: task.TaskConfig, run: Path) -> list[dict]:
     rows = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[2])
     nll = {
         when: -row_sums(row_logprobs(network, params, rows.tokens, rows.segment_ids), rows.loss_mask)
-        for when, params in (("before", policy), ("after", load_policy(run, network)))
+        for when, params in (("before", policy), ("after", load_policy(run, network, tokenizer)))
     }
     sizes = rows.loss_mask.sum(axis=1)
     return [
@@ -102,11 +105,11 @@ def demonstration_rows(config: task.TaskConfig, run: Path) -> list[dict]:
 
 def control_rows(config: task.TaskConfig, run: Path, baseline: list[dict]) -> list[dict]:
     """Every control's answers beside the SFT policy's."""
-    _, network, _ = sft.load(run)
+    tokenizer, network, _ = sft.load(run)
     rows = []
     for folder in sorted((run / "controls").glob("*")):
         name, number = folder.name.rsplit("_", 1)
-        texts, _, kl = answer(config, run, load_policy(folder, network), seed=config.seed + 2)
+        texts, _, kl = answer(config, run, load_policy(folder, network, tokenizer), seed=config.seed + 2)
         rows += [
             {
                 "kind": "control",

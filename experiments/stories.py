@@ -50,8 +50,10 @@ class Config(task.TaskConfig):
     row_length: int = 136
     num_samples: int = 4
     """Stories to each opening, which act 1 imitates."""
-    sft: SFTConfig = SFTConfig(num_epochs=3.0, batch_size=16, learning_rate=5e-4)
-    reward: RewardModelConfig = RewardModelConfig(num_epochs=2.0, learning_rate=5e-4, label_smoothing=0.05)
+    num_rankings: int = 2
+    """Rankings of each opening, every time of other stories."""
+    sft: SFTConfig = SFTConfig(num_epochs=2.0, batch_size=16, learning_rate=5e-4)
+    reward: RewardModelConfig = RewardModelConfig(num_epochs=2.0, learning_rate=1e-3, label_smoothing=0.05)
     ppo: PPOConfig = PPOConfig(num_iterations=30, batch_size=128, kl_target=8.0, kl_coef=0.05, kl_horizon=800.0)
 
 
@@ -117,7 +119,8 @@ def play_reward_model(config: Config, run: Path) -> None:
     """Act 2: listeners rank, a network that starts from the storyteller learns to predict them."""
     policy = tokenizer, network, start = sft.load(run)
     openings = stories_judge.openings(held_out=False)
-    data = ranked_stories(config, policy, openings, seed=config.seed + 2)
+    asked = openings * config.num_rankings
+    data = ranked_stories(config, policy, asked, seed=config.seed + 2)
     params = reward_model.train(config.reward, network, start, data, seed=config.seed, log_to=run / "metrics.jsonl")
     prompts = rows_of_openings(config, tokenizer, openings[:256])
     mean, std = reward_model.reference_moments(

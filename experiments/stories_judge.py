@@ -31,7 +31,7 @@ BEGINNINGS = (
     "{} had a new toy car.",
 )
 ENDINGS = (" It was a nice day.", " The sun was out.", " It was raining.", "")
-NOISE = 0.7
+NOISE = 0.5
 """Scale of the logistic noise on what a listener thinks of a story, in units of the rule."""
 TRAITS = {
     "happy": "words of joy, different ones",
