@@ -1,14 +1,43 @@
-"""Attention: which keys a query sees, and the implementations of the product itself, one function each."""
+"""Attention: which keys a query sees, and the implementations of the product itself, one function each.
 
+Models say what is seen (`Sight`); an implementation takes from it what it needs. Where a kernel does not apply, its
+function computes the same with `xla_attention`, by the rule that its docstring states.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 
 AttentionFn: TypeAlias = Callable[..., jax.Array]
-"""`attend(query [B, T, N, C], key [B, S, G, C], value [B, S, G, C], mask [B, 1, T, S], *, scale) -> [B, T, N, C]`;
-N query heads share G key heads, N / G neighbours each."""
+"""`attend(query [B, T, N, C], key [B, S, G, C], value [B, S, G, C], sight, *, scale, softcap) -> [B, T, N, C]`;
+N query heads share G key heads, N / G neighbours each. Logits are `scale * q·k`, where a soft cap is given through
+`softcap * tanh(logits / softcap)`. Rows of padding hold anything finite."""
+
+TPU_BLOCK = 128
+"""Rows and columns of the smallest tile of `tpu_attention`: the lanes of a TPU's vector unit."""
+TPU_BLOCKS = (512, 256, TPU_BLOCK)
+
+
+@struct.dataclass
+class Sight:
+    """Which keys every query sees, as a mask and as that from which the mask is made; what nobody reads costs nothing."""
+
+    mask: jax.Array
+    """`[B, 1, T, S]` bool, True = sees: `causal_mask`, and the window of the layer."""
+    query_segments: jax.Array
+    """`[B, T]`, 0 = padding."""
+    key_segments: jax.Array
+    """`[B, S]`."""
+    kind: jax.Array
+    """`[]`: the layer's place in `windows`; it may be traced."""
+    windows: tuple[int | None, ...] = struct.field(pytree_node=False, default=(None,))
+    """Tokens that a query of each kind of layer sees, itself included; None sees all before it."""
 
 
 def causal_mask(query_segments: jax.Array, key_segments: jax.Array, start: jax.Array) -> jax.Array:
@@ -29,40 +58,169 @@ def distances(num_queries: int, num_keys: int, start: jax.Array) -> jax.Array:
     return start + jnp.arange(num_queries)[:, None] - jnp.arange(num_keys)[None, :]
 
 
+def sights(
+    query_segments: jax.Array, key_segments: jax.Array, start: jax.Array, windows: tuple[int | None, ...]
+) -> Callable[[jax.Array], Sight]:
+    """A function from a kind of layer (an index into `windows`, it may be traced) to what its queries see.
+
+    Args:
+      query_segments: `[B, T]`, 0 = padding.
+      key_segments: `[B, S]`.
+      start: the column of the first query among the keys.
+      windows: of every kind of layer.
+    """
+    mask = causal_mask(query_segments, key_segments, start)
+    widths = jnp.asarray([mask.shape[-1] if window is None else window for window in windows])
+    behind = distances(mask.shape[2], mask.shape[3], start)
+
+    def sight(kind: jax.Array) -> Sight:
+        seen = mask if windows == (None,) * len(windows) else mask & (behind < widths[kind])[None, None]
+        return Sight(seen, query_segments, key_segments, kind, windows)
+
+    return sight
+
+
 def plain_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None = None
+    query: jax.Array, key: jax.Array, value: jax.Array, sight: Sight, *, scale: float, softcap: float | None = None
 ) -> jax.Array:
-    """`softmax(scale * q·k) v` in float32, logits through `softcap * tanh(logits / softcap)` where one is given."""
+    """`softmax(scale * q·k) v` written out, in float32."""
     groups, heads = key.shape[2], query.shape[2]
     query = query.reshape(*query.shape[:2], groups, heads // groups, query.shape[3])
     logits = scale * jnp.einsum("btgnc,bsgc->bgnts", query, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(sight.mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bgnts,bsgc->btgnc", weights, value)
     return attended.reshape(*attended.shape[:2], heads, attended.shape[4])
 
 
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:
-    """`jax.nn.dot_product_attention` as XLA compiles it: any device, any dtype."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="xla")
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, sight: Sight, *, scale: float, softcap: float | None = None
+) -> jax.Array:
+    """`jax.nn.dot_product_attention` as XLA compiles it: any device, any dtype. With a soft cap `plain_attention`."""
+    if softcap is not None:
+        return plain_attention(query, key, value, sight, scale=scale, softcap=softcap)
+    return jax.nn.dot_product_attention(query, key, value, mask=sight.mask, scale=scale, implementation="xla")
 
 
-def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float) -> jax.Array:
-    """cuDNN's fused kernel: NVIDIA GPUs, bfloat16 or float16, head width a multiple of 8 up to 128."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, sight: Sight, *, scale: float, softcap: float | None = None
+) -> jax.Array:
+    """cuDNN's fused kernel: NVIDIA GPUs, bfloat16 or float16, head width a multiple of 8 up to 128.
+
+    `xla_attention` instead with a soft cap, and where T or S is odd, for which it has no gradient.
+    """
+    if softcap is not None or query.shape[1] % 2 or key.shape[1] % 2:
+        return xla_attention(query, key, value, sight, scale=scale, softcap=softcap)
+    return jax.nn.dot_product_attention(query, key, value, mask=sight.mask, scale=scale, implementation="cudnn")
 
 
-def best_for(device: jax.Device, *, dtype: str, head_dim: int) -> AttentionFn:
-    """The fastest implementation that `device` has for this dtype and head width. Scripts ask; models do not."""
+def tpu_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sight: Sight,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    mesh: Mesh | None = None,
+    rows: tuple[str, ...] = (),
+    heads: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention, JAX's Pallas kernel for TPUs: no `[T, S]` array, and tiles that no query sees are skipped.
+
+    Packed rows, padding on either side, windows, shared heads and soft caps are its own. `xla_attention` instead
+    - where the keys are not the queries' own row (a cache: prefill and decoding),
+    - where T is no multiple of 128,
+    - where the mesh does not divide the rows or the key heads.
+
+    Args:
+      query: `[B, T, N, C]`.
+      key: `[B, S, G, C]`.
+      value: `[B, S, G, C]`.
+      sight: what is seen; padding sees padding here, which no other row reads.
+      scale: multiplies the queries, in float32, before they are rounded to their dtype.
+      softcap: of the logits, or None.
+      mesh: over which the arrays are split; XLA cannot split a kernel by itself. None: one device.
+      rows: mesh axes that split B.
+      heads: mesh axis that splits N and G.
+      interpret: run it on a CPU, slowly, for tests.
+    """
+    length, num_heads = query.shape[1], query.shape[2]
+    sizes = {} if mesh is None else mesh.shape
+    shares = (int(np.prod([sizes[axis] for axis in rows if sizes])), sizes[heads] if sizes and heads else 1)
+    divided = not query.shape[0] % shares[0] and not key.shape[2] % shares[1]
+    if key.shape[1] != length or length % TPU_BLOCK or not divided:
+        return xla_attention(query, key, value, sight, scale=scale, softcap=softcap)
+    query = (scale * query.astype(jnp.float32)).astype(query.dtype)
+    kernels = [
+        _splash(length, num_heads // shares[1], window, softcap, interpret) for window in dict.fromkeys(sight.windows)
+    ]
+    which = jnp.asarray([list(dict.fromkeys(sight.windows)).index(window) for window in sight.windows])
+
+    def attend(query, key, value, segments, kind):
+        by_head = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
+        attended = jax.lax.switch(which[kind], kernels, *by_head, segments)
+        return jnp.swapaxes(attended, 1, 2)
+
+    if mesh is not None and mesh.size > 1:
+        split = PartitionSpec(rows or None, None, heads, None)
+        specs = (split, split, split, PartitionSpec(rows or None), PartitionSpec())
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return attend(query, key, value, sight.query_segments, sight.kind)
+
+
+def _splash(length: int, num_heads: int, window: int | None, softcap: float | None, interpret: bool):
+    """The kernel of all heads over the rows: `(query, key, value [B, heads, T, C], segments [B, T]) -> [B, N, T, C]`."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes a second to import
+
+    block = next(size for size in TPU_BLOCKS if not length % size)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    shape = (length, length)
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    return jax.vmap(
+        lambda query, key, value, segments: kernel(query, key, value, splash.SegmentIds(segments, segments))
+    )
+
+
+@functools.cache
+def _on_mesh(mesh: Mesh, rows: tuple[str, ...], heads: str | None) -> AttentionFn:
+    """One object for equal arguments, so that configs with it are equal."""
+    return functools.partial(tpu_attention, mesh=mesh, rows=rows, heads=heads)
+
+
+def best_for(
+    device: jax.Device,
+    *,
+    dtype: str,
+    head_dim: int,
+    mesh: Mesh | None = None,
+    rows: tuple[str, ...] = (),
+    heads: str | None = None,
+) -> AttentionFn:
+    """The fastest implementation that `device` has for this dtype and head width. Scripts ask; models do not.
+
+    Args:
+      device: one of those that will compute.
+      dtype: of the queries.
+      head_dim: C.
+      mesh, rows, heads: of `tpu_attention`; the others split by themselves.
+    """
     half = jnp.dtype(dtype).itemsize == 2
-    if (
-        device.platform == "gpu"
-        and "nvidia" in device.device_kind.lower()
-        and half
-        and not head_dim % 8
-        and head_dim <= 128
-    ):
+    if device.platform == "tpu" and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32):
+        return tpu_attention if mesh is None or mesh.size == 1 else _on_mesh(mesh, rows, heads)
+    nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
+    if nvidia and half and not head_dim % 8 and head_dim <= 128:
         return cudnn_attention
     return xla_attention

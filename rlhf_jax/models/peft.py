@@ -7,6 +7,10 @@ PEFT stores for a module with weight `[out, in]` the factors `lora_A [r, in]` an
 modules come from `models.families`. Some families keep several of our matrices in one module (`qkv_proj`, `c_attn`,
 `query_key_value`). Loaded, each of ours gets the module's A and its own rows of B. Saved, A holds the different A's of
 ours one below the other and B is 0 where they do not meet: the same product, of a rank that is larger by their number.
+
+Adapters of expert matrices stay here (`runtime.checkpoint` saves them): in PEFT's folders neither their names nor their
+layout are settled, which depend on whether transformers fuses the experts and on the order of `target_parameters`. Both
+ways are refused; attention and dense matrices of a network with experts are as those of any other.
 """
 
 import json

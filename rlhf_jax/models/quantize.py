@@ -60,6 +60,24 @@ def quantize(params: Params) -> Params:
     return {**params, "layers": {name: _code(name, x) if name in MATRICES else x for name, x in layers.items()}}
 
 
+def quantized_shapes(shapes: Params) -> Params:
+    """The form of `quantize(params)`, to restore it from a checkpoint without the exact parameters.
+
+        shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+        reference = checkpoint.restore(folder, quantized_shapes(shapes))
+
+    Args:
+      shapes: the tree of `params`, of arrays or `jax.ShapeDtypeStruct`.
+    """
+
+    def code(name: str, weight: Any) -> Any:
+        if name not in MATRICES:
+            return weight
+        return jax.eval_shape(partial(_encode, inputs=split_dims(name, range(weight.ndim))[1]), weight)
+
+    return {**shapes, "layers": {name: code(name, weight) for name, weight in shapes["layers"].items()}}
+
+
 def _code(name: str, weight: Any) -> Quantized:
     if not isinstance(weight, jax.Array):
         raise ValueError(f"{name} is a {type(weight).__name__}, not an array. Fix: quantise plain parameters, once")

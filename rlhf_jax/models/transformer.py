@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.models.attention import AttentionFn, causal_mask, distances, plain_attention, xla_attention
+from rlhf_jax.models.attention import AttentionFn, sights, xla_attention
 from rlhf_jax.models.experts import expert_mlp, route
 from rlhf_jax.models.parameters import ParamSpec, Specs, init_params
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
@@ -72,7 +72,7 @@ class TransformerConfig:
     query_scale: float | None = None
     """Factor on query · key; None is `head_dim^-0.5`."""
     attention_softcap: float | None = None
-    """Logits go through `softcap * tanh(logits / softcap)` (Gemma 2); no fused kernel has that."""
+    """Logits go through `softcap * tanh(logits / softcap)` (Gemma 2)."""
     qk_norm: bool = False
     """RMSNorm of queries and keys, one scale for all heads (Qwen3, Gemma 3)."""
     qk_norm_across_heads: bool = False
@@ -90,7 +90,9 @@ class TransformerConfig:
     renormalize_experts: bool = True
 
     dtype: str = "float32"
-    """Compute dtype of the matrix products. Norms, softmax and logits are float32 whatever it is."""
+    """Compute dtype of the matrix products and of what flows between them; parameters are rounded to it where they are
+    used, so that float32 ones are master weights. Norms, biases, rotations, softmax, router and logits are float32
+    whatever it is."""
     attention_fn: AttentionFn = xla_attention
     """The implementation of attention; see `models.attention`."""
     remat_policy: Callable | None = None
@@ -255,13 +257,14 @@ def hidden(
     key_segments = segment_ids
     if cache is not None:
         key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
-    mask = causal_mask(segment_ids, key_segments, start)
-    layer_inputs = _inputs_by_kind(config, positions, mask, start)
+    sight = sights(segment_ids, key_segments, start, tuple(kind.window for kind in config.kinds))
+    turn = _rotation_by_kind(config, positions)
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
         x, keys, values = carry
         weights, index, kind = scanned
-        x, keys, values = _block(weights, config, x, layer_inputs(kind), keys, values, (index, start))
+        inputs = (turn(kind), sight(kind))
+        x, keys, values = _block(weights, config, x, inputs, keys, values, (index, start))
         return (x, keys, values), None
 
     if config.remat and cache is None:
@@ -316,7 +319,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -> jax.Array:
     if config.layer_norm:
         return layer_norm(x, weights[name], weights[f"{name}_bias"], config.norm_eps)
-    return rms_norm(x, weights[name] + config.norm_offset, config.norm_eps)
+    return rms_norm(x, weights[name].astype(jnp.float32) + config.norm_offset, config.norm_eps)
 
 
 def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -328,28 +331,21 @@ def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positio
     return x
 
 
-def _inputs_by_kind(config: TransformerConfig, positions: jax.Array, mask: jax.Array, start: jax.Array):
-    """A function from a layer's kind to its rotation (or None) and its mask."""
+def _rotation_by_kind(config: TransformerConfig, positions: jax.Array):
+    """A function from a layer's kind to its rotation, or None."""
     ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
     rotations = (
         jax.tree.map(lambda *parts: jnp.stack(parts), *[rotation(positions, rope, config.head_dim) for rope in ropes])
         if ropes
         else None
     )
-    windows = jnp.asarray([mask.shape[-1] if kind.window is None else kind.window for kind in config.kinds])
-    windowed = any(kind.window is not None for kind in config.kinds)
-    behind = distances(mask.shape[2], mask.shape[3], start)
-
-    def inputs(kind: jax.Array) -> tuple:
-        turn = jax.tree.map(lambda x: x[kind], rotations)
-        return turn, mask & (behind < windows[kind])[None, None] if windowed else mask
-
-    return inputs
+    return lambda kind: jax.tree.map(lambda x: x[kind], rotations)
 
 
 def _block(weights, config, x, layer_inputs, keys, values, at):
     """One layer; `keys`/`values` are the stacked caches or None, `at` where to write in them."""
-    weights = {name: array if "norm" in name else array.astype(config.dtype) for name, array in weights.items()}
+    exact = {name for name in weights if "norm" in name or name == "router" or name.endswith("_bias")}
+    weights = {name: x.astype(jnp.float32 if name in exact else config.dtype) for name, x in weights.items()}
     h = _norm(config, weights, "attention_norm", x) if config.pre_norm else x
     update, keys, values = _attention(weights, config, h, layer_inputs, keys, values, at)
     update = _norm(config, weights, "attention_post_norm", update) if config.post_norm else update
@@ -365,15 +361,21 @@ def _product(equation: str, x: jax.Array, weight) -> jax.Array:
     return jnp.einsum(equation, x, weight) if isinstance(weight, jax.Array) else weight.product(equation, x)
 
 
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """In float32 and rounded once, so that the bias's gradient, a sum over all tokens, is float32, too."""
+    return (x.astype(jnp.float32) + bias[None, None]).astype(x.dtype)
+
+
 def _attention(weights, config, h, layer_inputs, keys, values, at):
-    turn, mask = layer_inputs
+    turn, sight = layer_inputs
 
     def heads(name: str) -> jax.Array:
         projected = _product("btd,dnc->btnc", h, weights[name])
         if config.qkv_bias:
-            projected = projected + weights[f"{name}_bias"][None, None]
+            projected = _add_bias(projected, weights[f"{name}_bias"])
         if config.qk_norm and name != "value":
-            projected = rms_norm(projected, weights[f"{name}_norm"] + config.norm_offset, config.norm_eps)
+            scale = weights[f"{name}_norm"] + config.norm_offset
+            projected = rms_norm(projected, scale, config.norm_eps)
         return projected if turn is None or name == "value" else rotate(projected, *turn)
 
     query, key, value = heads("query"), heads("key"), heads("value")
@@ -384,24 +386,22 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
         key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
         value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    softcap = config.attention_softcap
-    attend = config.attention_fn if softcap is None else partial(plain_attention, softcap=softcap)
-    attended = attend(query, key, value, mask, scale=scale)
+    attended = config.attention_fn(query, key, value, sight, scale=scale, softcap=config.attention_softcap)
     update = _product("btnc,ncd->btd", attended, weights["out"])
-    return update + weights["out_bias"][None, None] if config.out_bias else update, keys, values
+    return _add_bias(update, weights["out_bias"]) if config.out_bias else update, keys, values
 
 
 def _mlp(weights, config, h):
     if config.num_experts:
         flat = h.reshape(-1, h.shape[-1])
         options = {"experts_per_token": config.experts_per_token, "renormalize": config.renormalize_experts}
-        chosen, shares = route(flat, weights["router"], **options)
+        chosen, shares = route(flat.astype(jnp.float32), weights["router"], **options)
         matrices = (weights["gate"], weights["up"], weights["down"])
         return expert_mlp(flat, chosen, shares, *matrices, activation=config.activation).reshape(h.shape)
 
     def dense(name: str, x: jax.Array) -> jax.Array:
         product = _product("btd,df->btf", x, weights[name])
-        return product + weights[f"{name}_bias"][None, None] if config.mlp_bias else product
+        return _add_bias(product, weights[f"{name}_bias"]) if config.mlp_bias else product
 
     inner = config.activation(dense("gate", h)) * dense("up", h) if config.gated else config.activation(dense("up", h))
     return dense("down", inner)

@@ -1,20 +1,42 @@
-"""Attention against numpy loops: grouped heads, masks, windows, soft caps; and who gets which implementation."""
+"""Attention against numpy loops and each other: grouped heads, packing, padding, windows, soft caps; who gets which."""
 
+import dataclasses
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import Mesh
 
-from rlhf_jax.models.attention import best_for, causal_mask, cudnn_attention, distances, plain_attention, xla_attention
+from rlhf_jax.functional.masking import positions_from_segments
+from rlhf_jax.models import transformer
+from rlhf_jax.models.attention import (
+    best_for,
+    causal_mask,
+    cudnn_attention,
+    distances,
+    plain_attention,
+    sights,
+    tpu_attention,
+    xla_attention,
+)
+from rlhf_jax.models.transformer import LayerKind
 
 SEGMENTS = np.array([[0, 1, 1, 1, 2], [1, 1, 2, 2, 2]])
+START = jnp.zeros((), jnp.int32)
 
 
-def arrays():
+def arrays(rows=2, length=5, heads=(6, 2, 2), width=4, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=(2, 5, heads, 4)), jnp.float32) for heads in (6, 2, 2)]
+    return [jnp.asarray(rng.normal(size=(rows, length, count, width)), dtype) for count in heads]
+
+
+def sight_of(segments, windows=(None,), kind=0):
+    return sights(jnp.asarray(segments), jnp.asarray(segments), START, windows)(jnp.asarray(kind))
 
 
 def loop(query, key, value, mask, scale, softcap):
@@ -31,25 +53,123 @@ def loop(query, key, value, mask, scale, softcap):
 
 
 def test_mask_by_hand():
-    mask = np.asarray(causal_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), jnp.zeros((), int)))
+    mask = np.asarray(causal_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), START))
     for b, t, s in np.ndindex(2, 5, 5):
         assert mask[b, 0, t, s] == (s <= t and SEGMENTS[b, s] == SEGMENTS[b, t] > 0)
     later = np.asarray(causal_mask(jnp.asarray(SEGMENTS[:, 3:]), jnp.asarray(SEGMENTS), jnp.asarray(3)))
     np.testing.assert_array_equal(later, mask[:, :, 3:])
     np.testing.assert_array_equal(distances(2, 4, jnp.asarray(2)), [[2, 1, 0, -1], [3, 2, 1, 0]])
+    both = [np.asarray(sight_of(SEGMENTS, (None, 2), kind).mask) for kind in (0, 1)]
+    np.testing.assert_array_equal(both[0], mask)
+    for b, t, s in np.ndindex(2, 5, 5):
+        assert both[1][b, 0, t, s] == (mask[b, 0, t, s] and t - s < 2)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_equals_a_loop(softcap):
-    query, key, value = arrays()
-    mask = causal_mask(jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS), jnp.zeros((), int))
-    expected = loop(*map(np.asarray, (query, key, value, mask)), 0.3, softcap)
+@pytest.mark.parametrize("attend", [plain_attention, xla_attention, cudnn_attention, tpu_attention])
+def test_equals_a_loop(attend, softcap):
+    """Five tokens are odd and no multiple of 128, so the kernels hand over to XLA here."""
+    sight = sight_of(SEGMENTS)
+    expected = loop(*map(np.asarray, (*arrays(), sight.mask)), 0.3, softcap)
+    found = attend(*arrays(), sight, scale=0.3, softcap=softcap)
     seen = SEGMENTS > 0
-    found = plain_attention(query, key, value, mask, scale=0.3, softcap=softcap)
     np.testing.assert_allclose(np.asarray(found)[seen], expected[seen], rtol=1e-5, atol=1e-6)
-    if softcap is None:
-        found = xla_attention(query, key, value, mask, scale=0.3)
-        np.testing.assert_allclose(np.asarray(found)[seen], expected[seen], rtol=1e-5, atol=1e-6)
+
+
+ROWS = np.zeros((2, 256), np.int32)
+ROWS[0, 30:] = 1  # padded left
+ROWS[1, :100], ROWS[1, 100:228] = 1, 2  # packed, padded right; a segment ends inside a tile
+
+
+@pytest.mark.parametrize(
+    ("windows", "kind", "softcap", "dtype"),
+    [((None,), 0, None, "float32"), ((70, None), 0, None, "float32"), ((None, 140), 1, 2.0, "float32"),
+     ((None,), 0, None, "bfloat16")],
+    ids=["all", "window", "window and cap", "bfloat16"],
+)  # fmt: skip
+def test_the_tpu_kernel_by_interpretation(windows, kind, softcap, dtype):
+    """Forward and gradient of real tokens; what padding computes differs, and nobody reads it."""
+    inputs = arrays(2, 256, (4, 2, 2), 16, dtype)
+    sight, real = sight_of(ROWS, windows, kind), jnp.asarray(ROWS > 0)[:, :, None, None]
+    towards = jnp.asarray(np.random.default_rng(1).normal(size=(2, 256, 4, 16)), jnp.float32)
+
+    def run(attend, *inputs):
+        found = jnp.where(real, attend(*inputs, sight, scale=0.4, softcap=softcap).astype(jnp.float32), 0.0)
+        return (found * towards).sum(), found
+
+    def both(attend):
+        (_, found), gradients = jax.jit(jax.value_and_grad(partial(run, attend), (0, 1, 2), has_aux=True))(*inputs)
+        return [np.asarray(x, np.float32) for x in (found, *gradients)]
+
+    ours, expected = both(partial(tpu_attention, interpret=True)), both(plain_attention)
+    # float32: sums in another order. bfloat16: weights and scaled queries are rounded elsewhere, 2^-9 each, times values.
+    limit = 2e-6 if dtype == "float32" else 4 * 2.0**-9
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert 0 < np.abs(mine - theirs).max() <= limit * np.abs(theirs).max()
+
+
+def test_a_network_with_the_tpu_kernel():
+    """Two kinds of layers under `scan` and `remat`, on two devices: each keeps its window."""
+    config = dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(), LayerKind(window=20)), layer_kinds=(1, 0), remat=True)
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 2), ("data", "tensor"))
+    kernel = partial(tpu_attention, interpret=True, mesh=mesh, rows=("data",), heads="tensor")
+    segments = jnp.asarray(ROWS[:, :128])
+    tokens = jnp.asarray(np.random.default_rng(2).integers(2, tiny.VOCAB, segments.shape))
+
+    def gradient(attend):
+        def loss(params):
+            own = dataclasses.replace(config, attention_fn=attend)
+            states, _ = transformer.hidden(params, own, tokens, positions_from_segments(segments), segments)
+            return jnp.where(segments[:, :, None] > 0, jnp.sin(states), 0.0).sum()
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    params = tiny.init_params()
+    lowered = gradient(kernel).lower(params).as_text()
+    assert "manual_computation" in lowered or "SPMDFullToShardShape" in lowered
+    (mine, found), (theirs, expected) = gradient(kernel)(params), gradient(xla_attention)(params)
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def has_kernel(attend, query, key, sight):
+    traced = jax.make_jaxpr(lambda q, k: attend(q, k, k, sight, scale=1.0))(query, key)
+    return "pallas_call" in str(traced)
+
+
+def test_when_the_tpu_kernel_is_left_out():
+    query, key, _ = arrays(2, 128, (4, 2, 2), 16)
+    segments = ROWS[:, :128]
+    assert has_kernel(tpu_attention, query, key, sight_of(segments))
+    assert not has_kernel(tpu_attention, query[:, :100], key[:, :100], sight_of(segments[:, :100]))
+    cached = sights(jnp.asarray(segments[:, :1]), jnp.asarray(segments), jnp.asarray(5), (None,))(START)
+    assert not has_kernel(tpu_attention, query[:, :1], key, cached)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 1), ("data", "tensor"))
+    split = partial(tpu_attention, mesh=mesh, rows=("data",), heads="tensor")
+    assert has_kernel(split, query, key, sight_of(segments))
+    assert not has_kernel(split, query[:1], key[:1], sight_of(segments[:1]))
+
+
+def test_cudnn_is_what_cuda_would_get(monkeypatch):
+    """Lowered for CUDA without one, in place of running it: JAX asks for cuDNN's version and the card on the way."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91800)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+
+    def lowered(length, softcap=None):
+        query, key, _ = arrays(2, length, (4, 2, 2), 8, jnp.bfloat16)
+        sight = sight_of(ROWS[:, :length], (3,))
+
+        def total(query, key):
+            return cudnn_attention(query, key, key, sight, scale=0.3, softcap=softcap).astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(total, (0, 1))).trace(query, key).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered(16)
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+    assert "__cudnn" not in lowered(15)
+    assert "__cudnn" not in lowered(16, softcap=2.0)
 
 
 def test_the_best_implementation():
@@ -58,3 +178,12 @@ def test_the_best_implementation():
     for dtype, head_dim in (("float32", 64), ("bfloat16", 20), ("bfloat16", 256)):
         assert best_for(gpu, dtype=dtype, head_dim=head_dim) is xla_attention
     assert best_for(jax.devices("cpu")[0], dtype="bfloat16", head_dim=64) is xla_attention
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    assert best_for(tpu, dtype="bfloat16", head_dim=64) is tpu_attention
+    assert best_for(tpu, dtype="float16", head_dim=64) is xla_attention
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 1), ("data", "tensor"))
+    options = {"dtype": "float32", "head_dim": 64, "rows": ("data",), "heads": "tensor"}
+    split = best_for(tpu, mesh=mesh, **options)
+    assert split.keywords == {"mesh": mesh, "rows": ("data",), "heads": "tensor"}
+    assert best_for(tpu, mesh=mesh, **options) is split
+    assert best_for(tpu, mesh=Mesh(mesh.devices[:1], mesh.axis_names), **options) is tpu_attention

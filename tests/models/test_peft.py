@@ -35,6 +35,10 @@ CONFIGS = {
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
+EXPERTS = {
+    **CONFIGS["llama"], "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2,
+    "sliding_window": None,
+}  # fmt: skip
 MODULES = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -236,14 +240,30 @@ def test_save_refuses_what_would_not_load(tmp_path):
         save(tmp_path / "new", adapter, rank=4)
     with pytest.raises(FileExistsError, match="never overwritten"):
         save(tmp_path, adapter, rank=2)
-    experts = {
-        **{name: value for name, value in hf_config.items() if name != "model_type"},
-        "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None,
-    }  # fmt: skip
-    adapter = init_lora(jax.random.key(0), transformer_config(experts), rank=2, targets=("up",))
+    adapter = init_lora(jax.random.key(0), transformer_config(EXPERTS), rank=2, targets=("up",))
     with pytest.raises(ValueError, match=r"adapter of \['up'\]: PEFT has no common format for experts"):
-        save_adapter(tmp_path / "new", adapter, experts, rank=2, alpha=2)
+        save_adapter(tmp_path / "new", adapter, EXPERTS, rank=2, alpha=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_experts_only_the_attention_goes_in_and_out(tmp_path):
+    """Both ways in which PEFT has stored adapters of experts are refused: fused parameters, and a module per expert."""
+    adapter = adapter_of(transformer_config(EXPERTS), rank=2, targets=("query", "out"))
+    save_adapter(tmp_path / "attention", adapter, EXPERTS, rank=2, alpha=6)
+    again = load_adapter(tmp_path / "attention", EXPERTS)
+    assert again.scale == 3
+    equal(again.adapter, adapter)
+    path = tmp_path / "attention" / "adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "target_parameters": ["mlp.experts.down_proj"]}))
+    with pytest.raises(ValueError, match=r"found target_parameters = \['mlp.experts.down_proj'\]. Nothing was loaded"):
+        load_adapter(tmp_path / "attention", EXPERTS)
+    path.write_text(json.dumps({**values, "target_modules": ["q_proj", "o_proj", "w1"]}))
+    tensors = load_file(path.with_name("adapter_model.safetensors"))
+    name = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight"
+    save_file({**tensors, name: np.zeros((2, 32), np.float32)}, path.with_name("adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=rf"unknown {name}. Nothing was loaded"):
+        load_adapter(tmp_path / "attention", EXPERTS)
 
 
 def test_bfloat16_keeps_its_bits(tmp_path):

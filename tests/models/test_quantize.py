@@ -13,7 +13,8 @@ import tiny
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
 from rlhf_jax.models.lora import init_lora, lora_model, matrices
-from rlhf_jax.models.quantize import Quantized, dequantize, quantize
+from rlhf_jax.models.quantize import Quantized, dequantize, quantize, quantized_shapes
+from rlhf_jax.runtime import checkpoint
 
 EXPERTS = dataclasses.replace(tiny.CONFIG, num_experts=3)
 INPUTS = {"out": 2}
@@ -93,6 +94,29 @@ def test_dequantize_restores_arrays():
     assert restored["layers"]["query"].dtype == jnp.bfloat16
     assert restored["layers"]["mlp_norm"] is params["layers"]["mlp_norm"]
     np.testing.assert_allclose(restored["layers"]["out"].astype(jnp.float32), params["layers"]["out"], atol=5e-3)
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, EXPERTS], ids=["dense", "experts"])
+def test_checkpoints_hold_quantised_parameters(config, tmp_path):
+    """Saved, and restored from shapes alone, next to arrays of other dtypes: the same codes, bit by bit, and logits."""
+    params = transformer.init(jax.random.key(0), config)
+    state = {"base": quantize(params), "exact": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}
+    checkpoint.save(tmp_path / "state", 3, state)
+    shapes = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    like = {"base": quantized_shapes(shapes), "exact": half}
+    assert jax.tree.leaves(like["base"]["layers"]["up"]) == [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(state["base"]["layers"]["up"])
+    ]
+    found = checkpoint.restore(tmp_path / "state", like)
+    assert isinstance(found["base"]["layers"]["query"], Quantized)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    run = jax.jit(partial(logits_of, transformer.causal_model(config)))
+    np.testing.assert_array_equal(run(found["base"]), run(state["base"]))
+    with pytest.raises(ValueError, match=r"base/layers/down\b.*float32"):
+        checkpoint.restore(tmp_path / "state", {**like, "base": shapes})
 
 
 def test_what_cannot_be_coded_is_refused():
