@@ -135,7 +135,7 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
     if notes["tokenizer"] != tokenizer.fingerprint:
         raise ValueError(f"{run / 'tokenizer'} is not the tokenizer that the policy in {run / 'sft'} was trained with")
     network = dataclasses.replace(huggingface.transformer_config(notes["hf_config"]), unroll=notes["unroll"])
-    network = computed(network, notes["dtype"])
+    network = computed(network, notes.get("dtype", "float32"))  # older runs knew one
     like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     return tokenizer, network, checkpoint.restore(run / "sft", like)
 

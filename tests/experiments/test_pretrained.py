@@ -87,7 +87,9 @@ def test_act_1_starts_from_the_checkpoint(folders, tmp_path):
 
 def test_reward_model_of_another_tokenizer_is_refused(folders, tmp_path):
     other = write_checkpoint(tmp_path / "other", byte_tokenizer(), seed=1, head=True)
-    with pytest.raises(ValueError, match=r"other: the reward model's tokenizer \(.*, 259 ids\) is not the policy's.*Fix"):
+    with pytest.raises(
+        ValueError, match=r"other: the reward model's tokenizer \(.*, 259 ids\) is not the policy's.*Fix"
+    ):
         reward_model.load_folder(other, load_tokenizer(folders[0]))
 
 
