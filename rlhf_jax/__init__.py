@@ -4,11 +4,39 @@ The names below are those that a program composes; each lives in the module that
 tokenizers and batches are in `rlhf_jax.data`, checkpoints, logs and run folders in `rlhf_jax.runtime`.
 """
 
-from rlhf_jax.functional.advantages import gae, group_relative, leave_one_out
-from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3
+from rlhf_jax.functional.advantages import (
+    gae,
+    group_relative,
+    leave_one_out,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    rewards_to_go,
+    zero_spread,
+)
+from rlhf_jax.functional.aggregation import constant_length_mean, sequence_mean, token_mean
+from rlhf_jax.functional.calibration import (
+    expected_calibration_error,
+    fit_log_length,
+    fit_temperature,
+    remove_length,
+)
+from rlhf_jax.functional.ensembles import ensemble_mean, normalize_members, uncertainty_weighted, worst_case
+from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3, k3_straight_through
 from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
 from rlhf_jax.functional.masking import masked_whiten, shift_right
-from rlhf_jax.functional.policy_losses import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss
+from rlhf_jax.functional.policy_losses import (
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    gspo_loss,
+    reinforce_loss,
+)
+from rlhf_jax.functional.preference_inputs import (
+    against_reference,
+    mean_against_reference,
+    mean_per_token,
+    sums_and_nll,
+)
 from rlhf_jax.functional.preference_losses import (
     cpo_loss,
     dpo_loss,
@@ -22,19 +50,40 @@ from rlhf_jax.functional.preference_losses import (
 from rlhf_jax.functional.reward_losses import (
     best_of_k_loss,
     bradley_terry_loss,
+    first_choice_loss,
     pairwise_ranking_loss,
     plackett_luce_loss,
+    regression_loss,
+    signed_cost_loss,
+    step_reward_loss,
 )
-from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos
+from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos, subtract_overlong
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
-from rlhf_jax.models.heads import init_reward_head, init_value_head, sequence_scores
+from rlhf_jax.models.heads import (
+    combine_attributes,
+    ensemble_scores,
+    init_attribute_head,
+    init_reward_head,
+    init_value_head,
+    sequence_attributes,
+    sequence_scores,
+)
 from rlhf_jax.models.parameters import logical_axes
 from rlhf_jax.models.transformer import TransformerConfig, causal_model
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
+    AttributeBatch,
     PolicyBatch,
+    StepBatch,
     actor_critic,
+    attribute_regression,
+    labelled_preference,
+    of_policy,
+    pair_token_logprobs,
+    policy_gradient,
+    preference,
+    process_reward,
     reward_model,
     separate_critic,
     sequence_token_logprobs,
@@ -42,9 +91,33 @@ from rlhf_jax.objectives import (
     shared_critic,
 )
 from rlhf_jax.runtime.sharding import make_mesh, named_shardings, shard_batch
+from rlhf_jax.training.choices import (
+    best_and_worst,
+    best_of_group,
+    labelled_rows,
+    make_best_of_experience_fn,
+    make_pair_experience_fn,
+    ranked_pairs,
+)
+from rlhf_jax.training.ensembles import average_members, init_ensemble, make_ensemble_step, member_indices
 from rlhf_jax.training.evaluate import evaluate, win_rate
+from rlhf_jax.training.groups import (
+    make_policy_experience_fn,
+    make_remax_experience_fn,
+    per_completion,
+    sample_until_full,
+    with_greedy,
+    with_overlong_penalty,
+)
 from rlhf_jax.training.optimizers import adam_optimizer, ppo_optimizer
-from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
+from rlhf_jax.training.ppo import (
+    PPOBatch,
+    critic_from_trunk,
+    init_ppo_state,
+    make_batch_update,
+    make_ppo_iteration,
+    make_ppo_update,
+)
 from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import init_train_state, make_train_step, update_epochs
 from rlhf_jax.types import (
@@ -52,7 +125,9 @@ from rlhf_jax.types import (
     Experience,
     Frozen,
     Generation,
+    LabelledBatch,
     PPOState,
+    PreferenceBatch,
     PromptBatch,
     RankingBatch,
     SequenceBatch,
@@ -62,21 +137,30 @@ from rlhf_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttributeBatch",
     "CausalModel",
     "Experience",
     "Frozen",
     "Generation",
+    "LabelledBatch",
     "PPOBatch",
     "PPOState",
     "PolicyBatch",
+    "PreferenceBatch",
     "PromptBatch",
     "RankingBatch",
     "SequenceBatch",
+    "StepBatch",
     "TrainState",
     "TransformerConfig",
     "actor_critic",
     "adam_optimizer",
     "adaptive_kl_coef",
+    "against_reference",
+    "attribute_regression",
+    "average_members",
+    "best_and_worst",
+    "best_of_group",
     "best_of_k_loss",
     "bradley_terry_loss",
     "causal_model",
@@ -84,15 +168,25 @@ __all__ = [
     "cispo_loss",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "combine_attributes",
+    "constant_length_mean",
     "cpo_loss",
     "critic_from_trunk",
     "dpo_loss",
+    "ensemble_mean",
+    "ensemble_scores",
     "entropy",
     "evaluate",
+    "expected_calibration_error",
+    "first_choice_loss",
+    "fit_log_length",
+    "fit_temperature",
     "gae",
     "generate",
     "group_relative",
     "gspo_loss",
+    "init_attribute_head",
+    "init_ensemble",
     "init_ppo_state",
     "init_reward_head",
     "init_train_state",
@@ -101,28 +195,57 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "k3_straight_through",
     "kto_baseline",
     "kto_loss",
+    "labelled_preference",
+    "labelled_rows",
     "leave_one_out",
     "logical_axes",
+    "make_batch_update",
+    "make_best_of_experience_fn",
+    "make_ensemble_step",
     "make_experience_fn",
     "make_mesh",
+    "make_pair_experience_fn",
+    "make_policy_experience_fn",
     "make_ppo_iteration",
     "make_ppo_update",
+    "make_remax_experience_fn",
     "make_score_fn",
     "make_train_step",
     "masked_whiten",
+    "mean_against_reference",
     "mean_logprobs",
+    "mean_per_token",
+    "member_indices",
     "named_shardings",
+    "normalize_members",
     "normalize_scores",
+    "of_policy",
     "orpo_loss",
+    "pair_token_logprobs",
     "pairwise_ranking_loss",
+    "per_completion",
     "plackett_luce_loss",
+    "policy_gradient",
     "ppo_optimizer",
+    "preference",
+    "process_reward",
+    "ranked_pairs",
+    "regression_loss",
+    "reinforce_loss",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remove_length",
     "reward_model",
+    "rewards_to_go",
     "robust_dpo_loss",
+    "sample_until_full",
     "separate_critic",
+    "sequence_attributes",
     "sequence_logprobs",
+    "sequence_mean",
     "sequence_scores",
     "sequence_token_logprobs",
     "sft",
@@ -130,11 +253,21 @@ __all__ = [
     "shard_batch",
     "shared_critic",
     "shift_right",
+    "signed_cost_loss",
     "simpo_loss",
+    "step_reward_loss",
     "subtract_missing_eos",
+    "subtract_overlong",
+    "sums_and_nll",
     "token_logprobs",
+    "token_mean",
     "transformer",
     "uncached_model",
+    "uncertainty_weighted",
     "update_epochs",
     "win_rate",
+    "with_greedy",
+    "with_overlong_penalty",
+    "worst_case",
+    "zero_spread",
 ]

@@ -135,8 +135,39 @@ class Experience:
     tokens: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
-    """True on completion tokens."""
+    """True on the completion tokens that are learned from."""
     old_logprobs: Float[Array, "B T"]
-    old_values: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
-    returns: Float[Array, "B T"]
+    old_values: Float[Array, "B T"] | None = None
+    """With `returns`: for methods with a critic."""
+    returns: Float[Array, "B T"] | None = None
+    ref_logprobs: Float[Array, "B T"] | None = None
+    """For a KL term in the loss."""
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """B pairs; `[:, 0]` is the chosen completion, `[:, 1]` the rejected one."""
+
+    tokens: Int[Array, "B 2 T"]
+    segment_ids: Int[Array, "B 2 T"]
+    completion_mask: Bool[Array, "B 2 T"]
+    """True on the completion's tokens."""
+    mask: Bool[Array, "B"]
+    """False for a pair that prefers neither (a tie)."""
+    ref_logprobs: Float[Array, "B 2 T"] | None = None
+    """Under the reference; None for methods without one."""
+
+
+@struct.dataclass
+class LabelledBatch:
+    """B completions that are good or bad; `[:, 1]` is the same prompt with the completion of another one (KTO)."""
+
+    tokens: Int[Array, "B 2 T"]
+    segment_ids: Int[Array, "B 2 T"]
+    completion_mask: Bool[Array, "B 2 T"]
+    """True on the completion's tokens."""
+    desirable: Bool[Array, "B"]
+    """About `[:, 0]`."""
+    ref_logprobs: Float[Array, "B 2 T"] | None = None
+    """Under the reference."""

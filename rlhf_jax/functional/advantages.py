@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from rlhf_jax.functional.checks import check_between, check_positive
+from rlhf_jax.functional.masking import masked_sum, masked_whiten
 
 
 def gae(
@@ -58,6 +59,107 @@ def gae(
     after_the_end = jnp.zeros_like(rewards[:, 0])
     _, advantages = jax.lax.scan(step, (after_the_end, after_the_end), (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T, advantages.T + values
+
+
+def rewards_to_go(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], *, discount: ScalarLike = 1.0
+) -> Float[Array, "B T"]:
+    """What a token still earns: REINFORCE's signal without a critic (Williams 1992).
+
+        G_t = r_t + γ G_{t+1}
+
+    over the kept tokens, i.e. `gae` with λ = 1 and a critic that says 0. With γ = 1 and a score on the last token it
+    is the same for every token but for the KL penalties behind it.
+
+    Args:
+      rewards: `[B, T]`, from `shape_rewards`.
+      mask: `[B, T]`, True on completion tokens.
+      discount: γ in [0, 1]; 1 in Hu 2025.
+
+    Returns:
+      float32 `[B, T]`, in reward units, 0 outside the mask.
+
+    Raises:
+      ValueError: `discount` is a Python number outside [0, 1].
+    """
+    check_between(0.0, 1.0, discount=discount)
+    return gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, gae_lambda=1.0)[0]
+
+
+def reinforce_plus_plus(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], *, discount: ScalarLike = 1.0
+) -> Float[Array, "B T"]:
+    """REINFORCE++: rewards-to-go whitened over all tokens of the batch (Hu 2025, eq. 4-7).
+
+        A = (G - mean) / std        mean and standard deviation over the kept tokens of all rows
+
+    The batch's mean is the baseline, so prompts need no second sample; but an easy prompt then has positive
+    advantages whatever is answered. The KL penalty belongs into the rewards. The statistics are the whole batch's:
+    compute advantages before it is split.
+
+    Args:
+      rewards: `[B, T]`, from `shape_rewards` with the KL penalty.
+      mask: `[B, T]`, True on completion tokens.
+      discount: γ in [0, 1]; 1 in Hu 2025.
+
+    Returns:
+      float32 `[B, T]`, 0 outside the mask.
+
+    Raises:
+      ValueError: `discount` is a Python number outside [0, 1].
+    """
+    check_between(0.0, 1.0, discount=discount)
+    return masked_whiten(rewards_to_go(rewards, mask, discount=discount), mask)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Float[Array, "B T"], mask: Bool[Array, "B T"], *, group_size: int
+) -> Float[Array, "B T"]:
+    """REINFORCE++-baseline: minus the group's mean first, then whitened over the batch (Hu 2025, §3.2).
+
+        A_bt = whiten( Σ_t r_bt - mean_G )
+
+    Dividing by the batch's spread and not by the group's own leaves a group of nearly equal scores its small weight,
+    where `group_relative` blows it up. The KL penalty stands in the loss (k2) there. As in verl the whitening is over
+    tokens, so a long completion weighs more in the mean, which is then not exactly 0 over completions.
+
+    Args:
+      rewards: `[B, T]`; only their sum over a completion counts. Rows are grouped as in `group_relative`.
+      mask: `[B, T]`, True on completion tokens.
+      group_size: G >= 2, a divisor of B.
+
+    Returns:
+      float32 `[B, T]`, the same for all tokens of a row, 0 outside the mask.
+
+    Raises:
+      ValueError: B is not a multiple of `group_size`, or `group_size` is below 2.
+    """
+    chex.assert_equal_shape([rewards, mask])
+    check_between(2.0, math.inf, group_size=group_size)
+    centred = group_relative(masked_sum(rewards, mask, axis=1), group_size=group_size, scale=False)
+    return masked_whiten(jnp.broadcast_to(centred[:, None], mask.shape), mask)
+
+
+def zero_spread(scores: Float[Array, "B"], *, group_size: int) -> Bool[Array, "B"]:
+    """Where all samples of a prompt scored the same: such a group teaches nothing.
+
+    DAPO (Yu et al. 2025, eq. 11) leaves these groups out and samples others. The mean of the result is the metric
+    `frac_reward_zero_std`; near 1, the prompts are all too easy or all too hard.
+
+    Args:
+      scores: `[B]`, grouped as in `group_relative`.
+      group_size: G >= 2, a divisor of B.
+
+    Returns:
+      bool `[B]`, the same for all rows of a group. Equality is exact.
+
+    Raises:
+      ValueError: B is not a multiple of `group_size`, or `group_size` is below 2.
+    """
+    check_between(2.0, math.inf, group_size=group_size)
+    groups = _groups(scores, group_size)
+    equal = groups.max(axis=1, keepdims=True) == groups.min(axis=1, keepdims=True)
+    return jnp.broadcast_to(equal, groups.shape).reshape(scores.shape)
 
 
 def group_relative(

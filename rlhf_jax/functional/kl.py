@@ -19,6 +19,7 @@ log π, k1 changes sign and k3 becomes an estimator of something else.
 """
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, ScalarLike
 
@@ -77,6 +78,25 @@ def k3(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -
     """
     log_ratio = k1(logprobs, ref_logprobs)
     return jnp.expm1(-log_ratio) + log_ratio
+
+
+def k3_straight_through(
+    logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """The value of k3 with the gradient of k2: `k2 + sg(k3 - k2)`, where sg stops the gradient (verl's "k3+").
+
+    For a loss: the number that is logged is an unbiased KL, never negative, and what is minimised is KL(π‖ref), not
+    k3's KL(ref‖π). Not in the reward, where only the value would count, which is k3's.
+
+    Args:
+      logprobs: log-probabilities under π of samples of π, per token or per sequence.
+      ref_logprobs: of the same samples under the reference, same shape and temperature.
+
+    Returns:
+      Nats, float32, same shape.
+    """
+    quadratic = k2(logprobs, ref_logprobs)
+    return quadratic + jax.lax.stop_gradient(k3(logprobs, ref_logprobs) - quadratic)
 
 
 def adaptive_kl_coef(

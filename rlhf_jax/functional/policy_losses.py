@@ -1,8 +1,9 @@
 """Losses of the policy and of its critic, per token and unreduced.
 
-An element outside the loss mask must be finite, since it meets arithmetic before `masked_sum` drops it;
-everything that this package produces (`gae`, `masked_whiten`, `shape_rewards`, `token_logprobs`) is. The
-caller sums over the mask and divides once.
+All policy losses are called alike, `loss_fn(logprobs, old_logprobs, advantages, mask=mask)`. Without a mask an element
+that does not count must be finite, since it meets arithmetic before `masked_sum` drops it; everything that this package
+produces (`gae`, `masked_whiten`, `shape_rewards`, `token_logprobs`) is. The caller aggregates over the mask
+(`aggregation.py`) and divides once.
 """
 
 import math
@@ -23,6 +24,7 @@ def clipped_policy_loss(
     old_logprobs: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
     *,
+    mask: Bool[Array, "B T"] | None = None,
     clip_low: ScalarLike = 0.2,
     clip_high: ScalarLike = 0.2,
     dual_clip: ScalarLike | None = None,
@@ -42,26 +44,27 @@ def clipped_policy_loss(
       logprobs: `[B, T]` under the policy in training.
       old_logprobs: `[B, T]` under the policy that sampled, data.
       advantages: `[B, T]`, data.
+      mask: `[B, T]`, True on completion tokens; elements elsewhere may be anything. None: all count.
       clip_low: how far ρ may fall below 1, in [0, 1]; 0.2 in Schulman et al. 2017.
       clip_high: how far ρ may rise above 1, >= 0; 0.2 in Schulman et al. 2017, 0.28 in DAPO (Yu et al. 2025).
       dual_clip: c > 1 bounds the loss of bad tokens that have become far likelier, and stops their gradient; 3 in
         Ye et al. 2020. None: no such bound.
 
     Returns:
-      float32 `[B, T]`.
+      float32 `[B, T]`, 0 outside the mask.
 
     Raises:
       ValueError: a Python number is out of its range.
     """
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages])
     check_between(0.0, 1.0, clip_low=clip_low)
     check_between(0.0, math.inf, clip_high=clip_high)
-    log_ratio = logprobs.astype(jnp.float32) - old_logprobs.astype(jnp.float32)
+    logprobs, old_logprobs, advantages = _kept(mask, logprobs, old_logprobs, advantages)
+    log_ratio = logprobs - old_logprobs
     losses = _surrogate(log_ratio, advantages, clip_low, clip_high)
     if dual_clip is None:
         return losses
     check_between(1.0, math.inf, dual_clip=dual_clip)
-    bound = -advantages.astype(jnp.float32) * dual_clip
+    bound = -advantages * dual_clip
     return jnp.where(advantages < 0, jnp.minimum(losses, bound), losses)
 
 
@@ -97,12 +100,9 @@ def gspo_loss(
     Raises:
       ValueError: a Python number is out of its range.
     """
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     check_between(0.0, 1.0, clip_low=clip_low)
     check_between(0.0, math.inf, clip_high=clip_high)
-    logprobs, old_logprobs, advantages = (
-        jnp.where(mask, x.astype(jnp.float32), 0.0) for x in (logprobs, old_logprobs, advantages)
-    )
+    logprobs, old_logprobs, advantages = _kept(mask, logprobs, old_logprobs, advantages)
     of_sequence = masked_mean(logprobs - old_logprobs, mask, axis=1)[:, None]
     log_ratio = jax.lax.stop_gradient(of_sequence - logprobs) + logprobs
     return jnp.where(mask, _surrogate(log_ratio, advantages, clip_low, clip_high), 0.0)
@@ -113,6 +113,7 @@ def cispo_loss(
     old_logprobs: Float[Array, "B T"],
     advantages: Float[Array, "B T"],
     *,
+    mask: Bool[Array, "B T"] | None = None,
     max_ratio: ScalarLike = 5.0,
 ) -> Float[Array, "B T"]:
     """Policy gradient with a clipped importance weight (CISPO; MiniMax 2025, eq. 4-5).
@@ -126,20 +127,47 @@ def cispo_loss(
       logprobs: `[B, T]` under the policy in training.
       old_logprobs: `[B, T]` under the policy that sampled, data.
       advantages: `[B, T]`, data.
+      mask: `[B, T]`, True on completion tokens; elements elsewhere may be anything. None: all count.
       max_ratio: at least 1, the paper's 1 + ε_high, for which it gives no number.
 
     Returns:
-      float32 `[B, T]`.
+      float32 `[B, T]`, 0 outside the mask.
 
     Raises:
       ValueError: `max_ratio` is a Python number below 1.
     """
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages])
     check_between(1.0, math.inf, max_ratio=max_ratio)
-    logprobs, old_logprobs, advantages = (x.astype(jnp.float32) for x in (logprobs, old_logprobs, advantages))
+    logprobs, old_logprobs, advantages = _kept(mask, logprobs, old_logprobs, advantages)
     log_ratio = jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), max_ratio))
     return -weight * advantages * logprobs
+
+
+def reinforce_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    *,
+    mask: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """The policy gradient as a loss (Williams 1992; RLOO, Ahmadian et al. 2024; ReMax, Li et al. 2023).
+
+        loss = -A log π
+
+    Right for samples of π itself, that is for one step per rollout: nothing corrects for a policy that has moved, and
+    nothing stops it. `clipped_policy_loss` has the same gradient in that first step and is safe in the later ones.
+
+    Args:
+      logprobs: `[B, T]` under the policy in training.
+      old_logprobs: `[B, T]`, not used: it stands here so that all policy losses are called alike.
+      advantages: `[B, T]`, data.
+      mask: `[B, T]`, True on completion tokens; elements elsewhere may be anything. None: all count.
+
+    Returns:
+      float32 `[B, T]`, 0 outside the mask. The value means nothing, only the gradient does.
+    """
+    logprobs, _, advantages = _kept(mask, logprobs, old_logprobs, advantages)
+    return -advantages * logprobs
 
 
 def clipped_value_loss(
@@ -174,9 +202,14 @@ def clipped_value_loss(
     return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped_values - returns))
 
 
+def _kept(mask, *arrays):
+    """In float32, and 0 outside the mask."""
+    chex.assert_equal_shape(arrays if mask is None else [*arrays, mask])
+    return [x.astype(jnp.float32) if mask is None else jnp.where(mask, x.astype(jnp.float32), 0.0) for x in arrays]
+
+
 def _surrogate(log_ratio, advantages, clip_low, clip_high):
     """`max(-A ρ, -A clip(ρ))`."""
     ratio = jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    advantages = advantages.astype(jnp.float32)
     return jnp.maximum(-advantages * ratio, -advantages * clipped_ratio)

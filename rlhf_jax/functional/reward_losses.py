@@ -1,4 +1,4 @@
-"""Losses that learn a reward from comparisons and rankings, one number per prompt."""
+"""Losses that learn a reward: from comparisons and rankings, one number per prompt, and from ratings and steps."""
 
 import math
 
@@ -137,6 +137,118 @@ def best_of_k_loss(scores: Float[Array, "B K"], best: Int[Array, "B"], mask: Boo
     kept = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
     picked = jnp.take_along_axis(kept, best[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(kept, axis=1) - picked
+
+
+def first_choice_loss(
+    scores: Float[Array, "B K"], ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]
+) -> Float[Array, "B"]:
+    """`best_of_k_loss` of a ranking: only the first place counts (Ziegler et al. 2019, eq. 1).
+
+        loss[b] = logsumexp_k s_k - mean{s_i : ranks_i smallest}
+
+    the cross-entropy with a target spread evenly over the responses tied for the best, however the rest is ordered.
+
+    Args:
+      scores: `[B, K]`; whatever stands outside the mask is never read.
+      ranks: `[B, K]`, 0 = best, equal = tie; only which are smallest counts.
+      mask: `[B, K]`, False for places that hold no response.
+
+    Returns:
+      Nats, float32 `[B]`; 0, with gradient 0, for a prompt with fewer than two responses.
+    """
+    chex.assert_equal_shape([scores, ranks, mask])
+    chex.assert_rank(scores, 2)
+    scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
+    smallest = jnp.where(mask, ranks, jnp.iinfo(ranks.dtype).max).min(axis=1, keepdims=True)
+    best = mask & (ranks == smallest)
+    chosen_among = mask.sum(axis=1) > 1
+    among = jnp.where(chosen_among[:, None], jnp.where(mask, scores, -jnp.inf), 0.0)
+    losses = jax.nn.logsumexp(among, axis=1) - masked_mean(scores, best, axis=1)
+    return jnp.where(chosen_among, losses, 0.0)
+
+
+def regression_loss(
+    predictions: Float[Array, "*shape"], targets: Float[Array, "*shape"], mask: Bool[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Squared error where there is a label (HelpSteer, Wang et al. 2023; NeMo-Aligner's masked MSE).
+
+        loss = m (prediction - target)²
+
+    `[B, A]` for A rated attributes of which people filled in some, `[B, T]` for rewards of steps. The mean over labels is
+    the sum divided by `mask.sum()`, so that an answer with more labels weighs more.
+
+    Args:
+      predictions: any shape.
+      targets: same shape; whatever stands outside the mask is never read.
+      mask: same shape, False where a label is missing.
+
+    Returns:
+      float32, same shape; 0, with gradient 0, where a label is missing.
+    """
+    chex.assert_equal_shape([predictions, targets, mask])
+    errors = predictions.astype(jnp.float32) - targets.astype(jnp.float32)
+    return jnp.square(jnp.where(mask, errors, 0.0))
+
+
+def step_reward_loss(
+    logits: Float[Array, "B T"], labels: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Binary cross-entropy of each reasoning step's label (Uesato et al. 2022; Lightman et al. 2023).
+
+        loss_t = -y_t log σ(l_t) - (1 - y_t) log σ(-l_t)
+
+    on the last token of every step, 0 on all others. A label strictly between 0 and 1 is the share of continuations
+    that came out right (Math-Shepherd's soft estimate, Wang et al. 2023). Logit 0 costs ln 2 whatever the label.
+
+    Args:
+      logits: `[B, T]`, read at the token itself; the step's reward is σ(logit).
+      labels: `[B, T]` in [0, 1], 1 = a good step; whatever stands outside the mask is never read.
+      mask: `[B, T]`, True on the last token of a labelled step.
+
+    Returns:
+      Nats, float32 `[B, T]`; 0, with gradient 0, outside the mask.
+    """
+    chex.assert_equal_shape([logits, labels, mask])
+    chex.assert_rank(logits, 2)
+    logits = jnp.where(mask, logits.astype(jnp.float32), 0.0)
+    labels = jnp.where(mask, labels.astype(jnp.float32), 0.0)
+    losses = -labels * jax.nn.log_sigmoid(logits) - (1.0 - labels) * jax.nn.log_sigmoid(-logits)
+    return jnp.where(mask, losses, 0.0)
+
+
+def signed_cost_loss(
+    worse_costs: Float[Array, "B"],
+    better_costs: Float[Array, "B"],
+    worse_unsafe: Bool[Array, "B"],
+    better_unsafe: Bool[Array, "B"],
+    *,
+    sign_coef: ScalarLike = 1.0,
+) -> Float[Array, "B"]:
+    """Comparison and classification of costs in one, so that a cost of 0 is just safe (Safe RLHF, Dai et al. 2023).
+
+        loss = -log σ(c_w - c_b) - sign_coef [ log σ(s_w c_w) + log σ(s_b c_b) ],   s = +1 unsafe, -1 safe
+
+    Costs are the other way round than scores: the more harmful response costs more.
+
+    Args:
+      worse_costs: `[B]` c_w of the more harmful response.
+      better_costs: `[B]` c_b of the less harmful one.
+      worse_unsafe: `[B]`, True where the more harmful one was called unsafe.
+      better_unsafe: `[B]`, the same for the less harmful one.
+      sign_coef: >= 0; 1 in Safe RLHF, 0 is `bradley_terry_loss`.
+
+    Returns:
+      Nats, float32 `[B]`.
+
+    Raises:
+      ValueError: `sign_coef` is a Python number and negative.
+    """
+    chex.assert_equal_shape([worse_costs, better_costs, worse_unsafe, better_unsafe])
+    check_between(0.0, math.inf, sign_coef=sign_coef)
+    worse, better = (x.astype(jnp.float32) for x in (worse_costs, better_costs))
+    signs = [jnp.where(unsafe, 1.0, -1.0) for unsafe in (worse_unsafe, better_unsafe)]
+    classified = jax.nn.log_sigmoid(signs[0] * worse) + jax.nn.log_sigmoid(signs[1] * better)
+    return -jax.nn.log_sigmoid(worse - better) - sign_coef * classified
 
 
 def _comparison_loss(better, worse, margin, label_smoothing, centering_coef):

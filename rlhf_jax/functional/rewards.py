@@ -5,7 +5,7 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from rlhf_jax.functional.checks import check_between, check_positive
 from rlhf_jax.functional.kl import k1
@@ -91,6 +91,42 @@ def replace_missing_eos(
     """
     chex.assert_equal_shape([scores, ended])
     return jnp.where(ended, scores.astype(jnp.float32), value)
+
+
+def subtract_overlong(
+    scores: Float[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    max_length: ScalarLike,
+    buffer: ScalarLike,
+    penalty: ScalarLike = 1.0,
+) -> Float[Array, "B"]:
+    """DAPO's soft punishment of completions that come near the limit (Yu et al. 2025, eq. 13).
+
+        score - penalty · clip((length - (max_length - buffer)) / buffer, 0, 1)
+
+    Nothing is taken off below `max_length - buffer`, all of `penalty` at `max_length`: the loss of score does not
+    depend on which side of a single token the completion ended. It replaces a penalty for a missing end of sequence;
+    with both on, a cut completion pays twice.
+
+    Args:
+      scores: `[B]`.
+      lengths: `[B]`, tokens of each completion.
+      max_length: tokens, > 0; 20,480 in Yu et al. 2025.
+      buffer: tokens, > 0, over which the penalty grows; 4,096 there.
+      penalty: score units, >= 0; 1 there, for scores of +1 and -1.
+
+    Returns:
+      float32 `[B]`.
+
+    Raises:
+      ValueError: a Python number is out of its range.
+    """
+    chex.assert_equal_shape([scores, lengths])
+    check_positive(max_length=max_length, buffer=buffer)
+    check_between(0.0, math.inf, penalty=penalty)
+    excess = (lengths.astype(jnp.float32) - (max_length - buffer)) / buffer
+    return scores.astype(jnp.float32) - penalty * jnp.clip(excess, 0.0, 1.0)
 
 
 def normalize_scores(scores: Float[Array, "B"], *, mean: ScalarLike, std: ScalarLike) -> Float[Array, "B"]:

@@ -1,4 +1,4 @@
-"""Scalar heads on a trunk: one number per position, for reward and value models.
+"""Heads on a trunk: one number per position, for reward and value models, or one per attribute.
 
 A reward model is `{"trunk": params of a causal model, "head": a scalar head}`; a critic has the same form, or holds a
 head alone when it shares the policy's trunk.
@@ -20,6 +20,25 @@ def init_reward_head(key: jax.Array, model_dim: int) -> Params:
 def init_value_head(model_dim: int) -> Params:
     """All zeros, so the first advantages are the shaped rewards themselves (lm-human-preferences `model.py`)."""
     return {"weight": jnp.zeros((model_dim,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def init_attribute_head(key: jax.Array, model_dim: int, num_attributes: int) -> Params:
+    """A reward head for each of A rated attributes: `weight [D, A]`, `bias [A]`, spread as `init_reward_head`'s."""
+    weight = (model_dim + 1) ** -0.5 * jax.random.normal(key, (model_dim, num_attributes), jnp.float32)
+    return {"weight": weight, "bias": jnp.zeros((num_attributes,), jnp.float32)}
+
+
+def combine_attributes(head: Params, weights: jax.Array) -> Params:
+    """The scalar head of the weighted sum of attributes, `weights [A]`: reinforcement learning then needs no other code.
+
+    What people weigh how is decided after the fit (HelpSteer, Wang et al. 2023).
+    """
+    return {"weight": head["weight"] @ weights, "bias": head["bias"] @ weights}
+
+
+def attribute_head(head: Params, hidden: jax.Array) -> jax.Array:
+    """`[B, T, D]` → `[B, T, A]`: `hidden · weight + bias` in float32."""
+    return jnp.einsum("btd,da->bta", hidden.astype(jnp.float32), head["weight"]) + head["bias"][None, None]
 
 
 def scalar_head(head: Params, hidden: jax.Array) -> jax.Array:
@@ -50,6 +69,27 @@ def sequence_scores(
     hidden, _ = model.hidden(params["trunk"], tokens, positions, segment_ids)
     if mean_over is not None:
         return masked_mean(scalar_head(params["head"], hidden), mean_over, axis=1)
+    return scalar_head(params["head"], _final_hidden(hidden, segment_ids))[:, 0]
+
+
+def sequence_attributes(model: CausalModel, params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Attributes `[B, A]` of whole rows: an attribute head read at the last real token; arguments of `sequence_scores`."""
+    hidden, _ = model.hidden(params["trunk"], tokens, positions_from_segments(segment_ids), segment_ids)
+    return attribute_head(params["head"], _final_hidden(hidden, segment_ids))[:, 0]
+
+
+def ensemble_scores(
+    model: CausalModel,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    mean_over: jax.Array | None = None,
+) -> jax.Array:
+    """Scores `[M, B]` of M reward models whose params are stacked on a leading axis; arguments of `sequence_scores`."""
+    return jax.vmap(lambda member: sequence_scores(model, member, tokens, segment_ids, mean_over))(params)
+
+
+def _final_hidden(hidden: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The hidden state `[B, 1, D]` of every row's last real token."""
     last = last_true_index(segment_ids > 0)
-    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return scalar_head(params["head"], final)[:, 0]
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)

@@ -39,14 +39,15 @@ PPOIteration = Callable[[Frozen, PPOState, PPOBatch, jax.Array], tuple[PPOState,
 
 def init_ppo_state(
     policy_params: Params,
-    critic_params: Params,
+    critic_params: Params | None,
     optimizer: optax.GradientTransformation,
     *,
     kl_coef: float = 0.15,
 ) -> PPOState:
     """Start from the SFT policy; 0.15 is the first coefficient of lm-human-preferences' adaptive leash.
 
-    The arrays are copied: the state may be donated while the reference policy lives on.
+    `critic_params` is None for methods without a critic. The arrays are copied: the state may be donated while the
+    reference policy lives on.
     """
     params = jax.tree.map(jnp.copy, {"policy": policy_params, "critic": critic_params})
     return PPOState(
@@ -69,15 +70,18 @@ def make_ppo_update(
     num_minibatches: int = 1,
     kl_target: float | None = 6.0,
     kl_horizon: float = 10_000.0,
+    kl_stop: float | None = None,
     ptx_coef: float = 0.0,
 ) -> Callable[[PPOState, Experience, SequenceBatch | None, jax.Array, jax.Array], tuple[PPOState, Metrics]]:
     """Build `update(state, experience, demonstrations, kl, key) -> (state, metrics)`, the learning half of an iteration.
 
     Args:
-      train_step: from `make_train_step(actor_critic(...), optimizer)`.
+      train_step: from `make_train_step(actor_critic(...), optimizer)`, or with `policy_gradient(...)`.
       num_epochs, num_minibatches: 4 and 1 in lm-human-preferences.
       kl_target: nats per completion that the leash's coefficient steers to; None keeps the coefficient fixed.
       kl_horizon: the controller's slowness, in completions.
+      kl_stop: nats per token; once a minibatch is farther than this from the policy that sampled, the iteration's
+        remaining steps are skipped. 0.015 in Spinning Up (1.5 times its target 0.01). None never stops.
       ptx_coef: weight of the demonstrations' mean token loss relative to the mean PPO loss (PPO-ptx; Ouyang et al. 2022
         use 27.8 at their own normalisation).
     """
@@ -93,16 +97,52 @@ def make_ppo_update(
             batch = PolicyBatch(experience, demonstrations, weights)
         inner = TrainState(state.step, state.params, state.opt_state)
         inner, history = update_epochs(
-            train_step, inner, batch, key, num_epochs=num_epochs, num_minibatches=num_minibatches
+            train_step, inner, batch, key, num_epochs=num_epochs, num_minibatches=num_minibatches, kl_stop=kl_stop
         )
         kl_coef = state.kl_coef
         if kl_target is not None:
             kl_coef = adaptive_kl_coef(kl_coef, kl, target=kl_target, horizon=kl_horizon, num_samples=num_rows)
-        metrics = {name: values.mean() for name, values in history.items()}
+        metrics = _means(history)
         # How far the first minibatch was from on-policy: ratio 1 and KL 0 unless sampling and training disagree.
         metrics["policy/first_approxkl"] = history["policy/approxkl_avg"][0]
-        metrics["grad/finite"] = history["grad/finite"].min()
         return PPOState(state.step + 1, inner.params, inner.opt_state, kl_coef), metrics
+
+    return update
+
+
+def _means(history: Metrics) -> Metrics:
+    """Means over the steps, of those that were taken where `update/taken` says that some were skipped."""
+    if "update/taken" not in history:
+        return {name: values.mean() for name, values in history.items()} | {"grad/finite": history["grad/finite"].min()}
+    taken = history["update/taken"]
+    metrics = {name: (values * taken).sum() / taken.sum() for name, values in history.items()}
+    finite = jnp.where(taken > 0, history["grad/finite"], 1.0).min()
+    return {**metrics, "update/taken": taken.sum(), "grad/finite": finite}
+
+
+def make_batch_update(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    *,
+    num_epochs: int = 1,
+    num_minibatches: int = 1,
+) -> Callable[..., tuple[PPOState, Metrics]]:
+    """Build an iteration's `update` for a batch of any kind: winners to imitate (RAFT), pairs (online DPO).
+
+    `train_step` is `make_train_step(of_policy(sft(...)), optimizer)` or has `of_policy(preference(...))`. The KL coefficient
+    is left alone: these methods have their leash in the loss, or none.
+    """
+
+    def update(
+        state: PPOState, batch: Any, demonstrations: None, kl: jax.Array, key: jax.Array
+    ) -> tuple[PPOState, Metrics]:
+        if demonstrations is not None:
+            raise ValueError("this update mixes in no demonstrations (PPO-ptx); fix: give none, or use actor_critic")
+        del kl
+        inner = TrainState(state.step, state.params, state.opt_state)
+        inner, history = update_epochs(
+            train_step, inner, batch, key, num_epochs=num_epochs, num_minibatches=num_minibatches
+        )
+        return state.replace(step=state.step + 1, params=inner.params, opt_state=inner.opt_state), _means(history)
 
     return update
 
@@ -123,8 +163,8 @@ def make_ppo_iteration(
     Args:
       sample_fn: `(policy_params, prompts, key) -> Generation`.
       score_fn: from `make_score_fn`.
-      experience_fn: from `make_experience_fn`.
-      update_fn: from `make_ppo_update`.
+      experience_fn: from `make_experience_fn`, or of another method: what it returns is what `update_fn` is given.
+      update_fn: from `make_ppo_update` or `make_batch_update`.
     """
 
     def iteration(frozen: Frozen, state: PPOState, batch: PPOBatch, key: jax.Array) -> tuple[PPOState, Metrics]:

@@ -79,7 +79,7 @@ def make_experience_fn(
         rewards = shape_rewards(scores, generation.logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         advantages, returns = gae(rewards, values, mask, discount=discount, gae_lambda=gae_lambda)
         metrics = {
-            **_rollout_metrics(generation, scores, ref_logprobs, kl_coef),
+            **rollout_metrics(generation, scores, ref_logprobs, kl_coef),
             "val/explained_var": 1.0 - masked_var(returns - values, mask) / (masked_var(returns, mask) + 1e-8),
         }
         batch = Experience(
@@ -96,7 +96,7 @@ def make_experience_fn(
     return experience
 
 
-def _rollout_metrics(generation: Generation, scores: jax.Array, ref_logprobs: jax.Array, kl_coef: jax.Array) -> Metrics:
+def rollout_metrics(generation: Generation, scores: jax.Array, ref_logprobs: jax.Array, kl_coef: jax.Array) -> Metrics:
     """Means over completions; KL and entropy in nats per completion, lengths in tokens."""
     mask = generation.completion_mask
     kl = masked_sum(k1(generation.logprobs, ref_logprobs), mask, axis=1)

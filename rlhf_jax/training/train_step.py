@@ -73,8 +73,12 @@ def update_epochs(
     *,
     num_epochs: int,
     num_minibatches: int,
+    kl_stop: float | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Pass `num_epochs` times over `batch` in `num_minibatches` steps each, rows freshly permuted every epoch.
+
+    With `kl_stop` the remaining steps are skipped, in the compiled program, once a step saw a `policy/approxkl_avg` above
+    it. A skipped step leaves zeros in the metrics and 0 in `update/taken`, which is 1 for the others.
 
     Returns the state after `num_epochs * num_minibatches` steps and the metrics, one entry a step
     `[num_epochs * num_minibatches]`.
@@ -88,7 +92,23 @@ def update_epochs(
     def step(state: TrainState, chosen: jax.Array) -> tuple[TrainState, Metrics]:
         return train_step(state, jax.tree.map(lambda x: x[chosen], batch))
 
-    return jax.lax.scan(step, state, rows)
+    if kl_stop is None:
+        return jax.lax.scan(step, state, rows)
+
+    def take(state: TrainState, chosen: jax.Array) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, chosen)
+        return state, {**metrics, "update/taken": jnp.ones(())}
+
+    def skip(state: TrainState, chosen: jax.Array) -> tuple[TrainState, Metrics]:
+        return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(take, state, chosen)[1])
+
+    def step_or_skip(carry: tuple[TrainState, jax.Array], chosen: jax.Array):
+        state, stopped = carry
+        state, metrics = jax.lax.cond(stopped, skip, take, state, chosen)
+        return (state, stopped | (metrics["policy/approxkl_avg"] > kl_stop)), metrics
+
+    (state, _), history = jax.lax.scan(step_or_skip, (state, jnp.zeros((), bool)), rows)
+    return state, history
 
 
 def split_leading(batch: Any, num_parts: int) -> Any:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from functional.ragged import MASK, B, T, normals, poisoned
 
-from rlhf_jax.functional import gae, group_relative, leave_one_out
+from rlhf_jax.functional import (
+    gae,
+    group_relative,
+    leave_one_out,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    rewards_to_go,
+    zero_spread,
+)
 
 REWARDS, VALUES = normals(0, B, T), normals(1, B, T)
 jitted = jax.jit(gae)
@@ -107,3 +115,39 @@ def test_groups_must_divide_the_batch():
     for function in (group_relative, leave_one_out):
         with pytest.raises(ValueError, match="group_size must be a divisor of the number of scores, 12: got 5"):
             function(jnp.asarray(SCORES), group_size=5)
+
+
+def loop_to_go(discount):
+    """Rewards-to-go of the compacted rows, in float64; NaN where no token is."""
+    expected = np.full((B, T), np.nan)
+    for b in range(B):
+        kept = np.flatnonzero(MASK[b])
+        for place, t in enumerate(kept):
+            expected[b, t] = sum(discount**k * np.float64(REWARDS[b, s]) for k, s in enumerate(kept[place:]))
+    return expected
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.8])
+def test_rewards_to_go_and_their_whitened_form(discount):
+    """REINFORCE++ has one mean and one standard deviation over the tokens of all rows."""
+    expected = loop_to_go(discount)
+    found = rewards_to_go(poisoned(REWARDS), jnp.asarray(MASK), discount=discount)
+    np.testing.assert_allclose(found, np.nan_to_num(expected), rtol=1e-5, atol=1e-5)
+    white = np.nan_to_num((expected - np.nanmean(expected)) / np.nanstd(expected))
+    found = reinforce_plus_plus(poisoned(REWARDS), jnp.asarray(MASK), discount=discount)
+    np.testing.assert_allclose(found, white, rtol=1e-4, atol=1e-5)
+
+
+def test_reinforce_plus_plus_baseline_takes_the_group_first():
+    sums = np.where(MASK, REWARDS, 0).sum(axis=1, dtype=np.float64).reshape(2, 3)
+    centred = (sums - sums.mean(axis=1, keepdims=True)).ravel()
+    tokens = np.repeat(centred, MASK.sum(axis=1))
+    expected = np.where(MASK, (centred[:, None] - tokens.mean()) / tokens.std(), 0)
+    found = reinforce_plus_plus_baseline(poisoned(REWARDS), jnp.asarray(MASK), group_size=3)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_spread_is_exact_equality_within_a_group():
+    scores = jnp.asarray([1.0, 1.0, 1.0, 1.0 + 1e-6, 0.0, 0.0])
+    assert zero_spread(scores, group_size=2).tolist() == [True, True, False, False, True, True]
+    assert not zero_spread(scores, group_size=3).any()

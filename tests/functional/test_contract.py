@@ -23,16 +23,21 @@ RANKS = np.argsort(normals(6, B, K), axis=1)
 KEPT = np.random.default_rng(1).random((B, K)) < 0.7
 PAIR = [-2 - abs(normals(seed, B)) for seed in range(10, 14)]
 BEST = np.argmax(KEPT, axis=1)
+LENGTHS = np.array([1, 7, 3, 40, 12, 5])
+PROBABILITIES = [1 / (1 + np.exp(-3 * ROW[0])), (ROW[1] > 0).astype(np.float32)]
+PAIRS_T, PAIR_MASK = [-1 - abs(normals(seed, B // 2, 2, T)) for seed in (20, 21)], MASK.reshape(B // 2, 2, T)
 SEGMENTS = np.cumsum(MASK, axis=1) // 3 * MASK
 
 # name: (arguments, keyword arguments, mask of the first arguments or None). Float arguments come first.
 CALLS = {
     "adaptive_kl_coef": ([np.float32(0.1), np.float32(7)], {"num_samples": 64}, None),
+    "against_reference": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "best_of_k_loss": ([normals(8, B, K), BEST, KEPT], {}, KEPT),
     "bradley_terry_loss": (ROW, {"margin": 0.5, "label_smoothing": 0.1, "centering_coef": 0.1}, None),
     "cispo_loss": (BT, {}, None),
     "clipped_policy_loss": (BT, {"clip_high": 0.3, "dual_clip": 3.0}, None),
     "clipped_value_loss": (BT, {}, None),
+    "constant_length_mean": ([BT[0], MASK], {"length": 5}, MASK),
     "cpo_loss": (PAIR[:3], {"beta": 0.5}, None),
     "dpo_loss": (PAIR, {"label_smoothing": 0.1}, None),
     "entropy": ([normals(7, B, T, V)], {"temperature": 0.7}, None),
@@ -43,6 +48,7 @@ CALLS = {
     "k1": (BT[:2], {}, None),
     "k2": (BT[:2], {}, None),
     "k3": (BT[:2], {}, None),
+    "k3_straight_through": (BT[:2], {}, None),
     "kto_baseline": ([-x for x in PAIR[:2]], {}, None),
     "kto_loss": ([*PAIR[:2], ROW[0] > 0], {"kl": 0.1, "undesirable_weight": 1.5}, None),
     "last_true_index": ([MASK], {}, None),
@@ -51,24 +57,47 @@ CALLS = {
     "masked_sum": ([BT[0], MASK], {}, MASK),
     "masked_var": ([BT[0], MASK], {}, MASK),
     "masked_whiten": ([BT[0], MASK], {}, MASK),
+    "mean_against_reference": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
+    "mean_per_token": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "mean_logprobs": ([BT[0], MASK], {}, MASK),
     "normalize_scores": (ROW[:1], {"mean": 0.1, "std": 2.0}, None),
     "pairwise_ranking_loss": ([normals(8, B, K), RANKS, KEPT], {}, KEPT),
     "orpo_loss": (PAIR[:2], {}, None),
     "plackett_luce_loss": ([normals(8, B, K), RANKS // 2, KEPT], {}, KEPT),
     "positions_from_segments": ([SEGMENTS], {}, None),
+    "reinforce_loss": (BT, {}, None),
+    "reinforce_plus_plus": ([BT[0], MASK], {"discount": 0.9}, MASK),
+    "reinforce_plus_plus_baseline": ([BT[0], MASK], {"group_size": 3}, MASK),
     "replace_missing_eos": ([ROW[0], ROW[1] > 0], {}, None),
+    "rewards_to_go": ([BT[0], MASK], {"discount": 0.9}, MASK),
     "robust_dpo_loss": (PAIR, {}, None),
+    "sequence_mean": ([BT[0], MASK], {}, MASK),
     "sequence_logprobs": ([BT[0], MASK], {}, MASK),
     "shape_rewards": ([ROW[0], *BT[:2], MASK], {"kl_coef": 0.1}, MASK),
     "shift_right": (BT[:1], {}, None),
     "simpo_loss": (PAIR[:2], {}, None),
     "subtract_missing_eos": ([ROW[0], ROW[1] > 0], {}, None),
+    "subtract_overlong": ([ROW[0], np.arange(B)], {"max_length": 5, "buffer": 3}, None),
+    "token_mean": ([BT[0], MASK], {}, MASK),
+    "sums_and_nll": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "token_logprobs": ([normals(9, B, T, V), TOKENS], {"temperature": 0.7}, None),
+    "zero_spread": (ROW[:1], {"group_size": 2}, None),
+    "ensemble_mean": ([normals(14, 5, B)], {}, None),
+    "expected_calibration_error": ([*PROBABILITIES], {"num_bins": 4}, None),
+    "first_choice_loss": ([normals(8, B, K), RANKS // 2, KEPT], {}, KEPT),
+    "fit_log_length": ([ROW[0], LENGTHS], {}, None),
+    "fit_temperature": ([ROW[0], PROBABILITIES[1]], {}, None),
+    "normalize_members": ([normals(14, 5, B), normals(15, 5), 1 + abs(normals(16, 5))], {}, None),
+    "regression_loss": ([*BT[:2], MASK], {}, MASK),
+    "remove_length": ([ROW[0], LENGTHS], {"slope": 0.5, "intercept": -0.1}, None),
+    "signed_cost_loss": ([*ROW, ROW[0] > 0, ROW[1] > 1], {"sign_coef": 0.5}, None),
+    "step_reward_loss": ([BT[0], abs(np.sin(BT[1])), MASK], {}, MASK),
+    "uncertainty_weighted": ([normals(14, 5, B)], {"coef": 0.3, "unbiased": True}, None),
+    "worst_case": ([normals(14, 5, B)], {}, None),
 }
 every_function = pytest.mark.parametrize("name", sorted(CALLS))
 WITH_GRADIENT = sorted(name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32)
-DATA_ONLY = {"kto_baseline"}
+DATA_ONLY = {"fit_temperature", "kto_baseline"}
 """Results through which no gradient flows."""
 MASKED = sorted(name for name, (_, _, mask) in CALLS.items() if mask is not None)
 
@@ -167,6 +196,7 @@ def test_arguments_of_unequal_shape_are_refused(name, checked):
         ("clipped_policy_loss", "dual_clip", 0.9),
         ("clipped_policy_loss", "clip_high", -0.1),
         ("clipped_value_loss", "clip", -0.1),
+        ("constant_length_mean", "length", 0),
         ("cpo_loss", "beta", 0.0),
         ("cpo_loss", "nll_coef", -1.0),
         ("dpo_loss", "beta", -0.1),
@@ -188,13 +218,25 @@ def test_arguments_of_unequal_shape_are_refused(name, checked):
         ("orpo_loss", "beta", -0.1),
         ("pairwise_ranking_loss", "label_smoothing", -0.1),
         ("pairwise_ranking_loss", "centering_coef", -0.1),
+        ("reinforce_plus_plus", "discount", 1.1),
+        ("reinforce_plus_plus_baseline", "group_size", 1),
+        ("rewards_to_go", "discount", -0.1),
         ("robust_dpo_loss", "beta", 0.0),
         ("robust_dpo_loss", "flip_rate", 0.5),
         ("shape_rewards", "kl_coef", -0.1),
         ("simpo_loss", "beta", 0.0),
         ("simpo_loss", "margin", -0.1),
         ("subtract_missing_eos", "penalty", -1.0),
+        ("subtract_overlong", "max_length", 0),
+        ("subtract_overlong", "buffer", -1),
+        ("subtract_overlong", "penalty", -0.5),
         ("token_logprobs", "temperature", -1.0),
+        ("expected_calibration_error", "num_bins", 0),
+        ("fit_temperature", "low", 0.0),
+        ("fit_temperature", "high", -1.0),
+        ("signed_cost_loss", "sign_coef", -1.0),
+        ("uncertainty_weighted", "coef", -0.1),
+        ("zero_spread", "group_size", 1),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused_by_name(name, option, value):

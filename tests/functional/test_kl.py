@@ -11,6 +11,7 @@ import pytest
 from functional.tabular import all_completions, completion_logprobs, logprobs, num_prefixes
 
 from rlhf_jax.functional import adaptive_kl_coef, k1, k2, k3, masked_sum, shape_rewards
+from rlhf_jax.functional.kl import k3_straight_through
 
 VOCAB, LENGTH = 3, 3
 ALL = all_completions(VOCAB, LENGTH)
@@ -190,3 +191,11 @@ def test_controller_settles_on_its_target():
 def test_controller_refuses_what_its_clip_cannot_bound():
     with pytest.raises(ValueError, match="num_samples / horizon"):
         adaptive_kl_coef(0.15, 6.0, horizon=100.0, num_samples=512)
+
+
+def test_straight_through_has_the_value_of_k3_and_the_gradient_of_k2():
+    new, ref = (jnp.asarray(np.random.default_rng(seed).normal(size=50).astype(np.float32)) for seed in (0, 1))
+    np.testing.assert_allclose(k3_straight_through(new, ref), k3(new, ref), rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda x: k3_straight_through(x, ref).sum())(new)
+    np.testing.assert_allclose(slope, new - ref, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(slope - jax.grad(lambda x: k3(x, ref).sum())(new)).max()) > 0.5

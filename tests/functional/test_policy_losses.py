@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from functional.ragged import MASK, B, T, normals
+from functional.ragged import MASK, B, T, normals, poisoned
 
-from rlhf_jax.functional import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss
+from rlhf_jax.functional import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss, reinforce_loss
 
 OLD, ADVANTAGES = normals(0, B, T), normals(1, B, T)
 LOGPROBS = OLD + 0.4 * normals(2, B, T)
@@ -123,3 +123,25 @@ def test_cispo_weighs_and_never_drops():
     value, gradient = jax.value_and_grad(lambda x: cispo_loss(x, old, advantages, max_ratio=2.0).sum())(logprobs)
     np.testing.assert_allclose(value, np.sum(-weight * ADVANTAGES * np.float64(logprobs)), rtol=1e-4)
     np.testing.assert_allclose(gradient, -weight * ADVANTAGES, rtol=1e-5)
+
+
+def test_reinforce_is_minus_advantage_times_logprob():
+    logprobs, old, advantages = as_arrays(LOGPROBS, OLD, ADVANTAGES)
+    np.testing.assert_allclose(reinforce_loss(logprobs, old, advantages), -ADVANTAGES * LOGPROBS, rtol=1e-6)
+    slope = jax.grad(lambda x: reinforce_loss(x, old, advantages).sum())(logprobs)
+    np.testing.assert_allclose(slope, -ADVANTAGES, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_fn", [clipped_policy_loss, cispo_loss, reinforce_loss, gspo_loss])
+def test_a_mask_keeps_what_is_outside_out(loss_fn):
+    """All policy losses are called alike; NaN outside the mask reaches neither value nor gradient."""
+    mask = jnp.asarray(MASK)
+    clean = [jnp.where(mask, x, 0.0) for x in as_arrays(LOGPROBS, OLD, ADVANTAGES)]
+    dirty = [poisoned(x) for x in (LOGPROBS, OLD, ADVANTAGES)]
+    for arguments in (clean, dirty):
+        losses, slopes = loss_fn(*arguments, mask=mask), jax.grad(lambda *x: loss_fn(*x, mask=mask).sum())(*arguments)
+        assert np.all(np.asarray(losses)[~MASK] == 0)
+        assert np.all(np.asarray(slopes)[~MASK] == 0)
+        assert np.all(np.isfinite(losses))
+        assert np.any(np.asarray(losses))
+    np.testing.assert_array_equal(loss_fn(*clean, mask=mask), loss_fn(*dirty, mask=mask))

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from functional.ragged import normals
 
-from rlhf_jax.functional import best_of_k_loss, bradley_terry_loss, pairwise_ranking_loss, plackett_luce_loss
+from rlhf_jax.functional import (
+    best_of_k_loss,
+    bradley_terry_loss,
+    first_choice_loss,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+    regression_loss,
+    signed_cost_loss,
+    step_reward_loss,
+)
 
 CHOSEN, REJECTED = normals(0, 7), normals(1, 7)
 B, K = 6, 4
@@ -167,3 +176,75 @@ def test_best_of_k():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     equal = best_of_k_loss(jnp.zeros((1, K)), jnp.zeros(1, int), jnp.ones((1, K), bool))
     np.testing.assert_allclose(equal, np.log(K), rtol=1e-6)
+
+
+def test_first_choice_is_best_of_k():
+    """With one best response it is the other function; with ties, the mean over who might have been picked."""
+    first = np.array([0, 2, 0, 0, 0, 1])
+    found = np.asarray(
+        first_choice_loss(jnp.asarray(np.where(MASK, SCORES, np.nan)), jnp.asarray(RANKS), jnp.asarray(MASK))
+    )
+    for b in (0, 1, 4):
+        kept = SCORES[b][MASK[b]]
+        assert found[b] == pytest.approx(log_sum_exp(kept) - SCORES[b, first[b]], rel=1e-5)
+    assert found[2] == pytest.approx(log_sum_exp(SCORES[2]) - SCORES[2, :2].mean(), rel=1e-5)
+    assert found[3] == pytest.approx(log_sum_exp(SCORES[3]) - SCORES[3].mean(), rel=1e-5)
+    assert found[5] == 0
+    scores = jnp.asarray(SCORES[:2])
+    direct = best_of_k_loss(scores, jnp.asarray(first[:2]), jnp.ones((2, K), bool))
+    np.testing.assert_allclose(found[:2], direct, rtol=1e-6)
+
+
+def test_first_choice_skips_a_masked_best():
+    """The smallest rank among those that are there: row 4 has its first place masked away."""
+    ranks, mask = jnp.asarray([[2, 0, 1]]), jnp.asarray([[True, False, True]])
+    found = first_choice_loss(jnp.asarray([[1.0, 9.0, 4.0]]), ranks, mask)
+    np.testing.assert_allclose(found, log_sum_exp([1.0, 4.0]) - 4.0, rtol=1e-5)
+    single = jax.grad(lambda x: first_choice_loss(x, ranks[:, 1:], mask[:, 1:]).sum())(jnp.asarray([[3.0, 4.0]]))
+    np.testing.assert_array_equal(single, 0)
+
+
+def test_regression_counts_only_labels():
+    predictions, targets = normals(4, 3, 5), normals(5, 3, 5)
+    mask = np.random.default_rng(6).random((3, 5)) < 0.6
+    assert 0 < mask.sum() < 15
+    found = regression_loss(jnp.asarray(predictions), jnp.asarray(np.where(mask, targets, np.nan)), jnp.asarray(mask))
+    np.testing.assert_allclose(found, np.where(mask, (predictions - targets) ** 2, 0), rtol=1e-5)
+    mean = sum((predictions[i, j] - targets[i, j]) ** 2 for i, j in zip(*np.nonzero(mask), strict=True)) / mask.sum()
+    assert float(found.sum() / mask.sum()) == pytest.approx(mean, rel=1e-5)
+
+
+def test_step_reward_is_cross_entropy():
+    logits, labels = 2 * normals(7, 4, 6), np.random.default_rng(8).choice([0.0, 0.25, 1.0], (4, 6))
+    mask = np.random.default_rng(9).random((4, 6)) < 0.5
+    p = 1 / (1 + np.exp(-np.float64(logits)))
+    expected = np.where(mask, -labels * np.log(p) - (1 - labels) * np.log(1 - p), 0)
+    labels = jnp.asarray(np.where(mask, labels, np.nan), jnp.float32)
+    np.testing.assert_allclose(step_reward_loss(jnp.asarray(logits), labels, jnp.asarray(mask)), expected, rtol=1e-4)
+    far = step_reward_loss(jnp.full((1, 2), 1e4), jnp.asarray([[0.0, 1.0]]), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(far, [[1e4, 0]])
+
+
+def test_step_reward_of_a_soft_label_is_least_at_its_log_odds():
+    logit = jnp.full((1, 1), np.log(0.8 / 0.2), jnp.float32)
+    slope = jax.grad(lambda x: step_reward_loss(x, jnp.full((1, 1), 0.8), jnp.ones((1, 1), bool)).sum())(logit)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_cost_is_a_comparison_and_two_classifications():
+    unsafe = np.array([[1, 1, 0, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0, 1]], bool)
+    signs = np.where(unsafe, 1.0, -1.0)
+    expected = bt(CHOSEN, REJECTED) + 0.5 * (bt(signs[0] * CHOSEN, 0) + bt(signs[1] * REJECTED, 0))
+    costs = [jnp.asarray(CHOSEN), jnp.asarray(REJECTED)]
+    found = signed_cost_loss(*costs, *jnp.asarray(unsafe), sign_coef=0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    bare = signed_cost_loss(*costs, *jnp.asarray(unsafe), sign_coef=0.0)
+    np.testing.assert_allclose(bare, bradley_terry_loss(*costs), rtol=1e-6)
+
+
+def test_cost_zero_is_just_safe():
+    """A pair of one safe and one unsafe response pulls its two costs to opposite sides of 0."""
+    slopes = jax.grad(lambda x: signed_cost_loss(x[:1], x[1:], jnp.ones(1, bool), jnp.zeros(1, bool)).sum())(
+        jnp.zeros(2)
+    )
+    np.testing.assert_allclose(slopes, [-1.0, 1.0], rtol=1e-6)

@@ -12,6 +12,7 @@ from rlhf_jax.functional import (
     shape_rewards,
     subtract_missing_eos,
 )
+from rlhf_jax.functional.rewards import subtract_overlong
 
 SCORES, LOGPROBS, REF_LOGPROBS = normals(0, B), normals(1, B, T), normals(2, B, T)
 ENDED = np.array([True, False, True, False, True, False])
@@ -72,3 +73,19 @@ def test_normalize_scores():
     assert whitened.mean() == pytest.approx(0, abs=1e-5)
     assert whitened.std() == pytest.approx(1, abs=1e-5)
     np.testing.assert_allclose(normalize_scores(scores, mean=5.0, std=1.0), 3 * SCORES, rtol=1e-4, atol=1e-5)
+
+
+def test_overlong_penalty_is_dapos_three_pieces():
+    lengths, limit, buffer = np.arange(25), 20, 8
+    expected = []
+    for length in lengths:
+        if length <= limit - buffer:
+            expected.append(0.0)
+        elif length <= limit:
+            expected.append((limit - buffer - length) / buffer)
+        else:
+            expected.append(-1.0)
+    found = subtract_overlong(jnp.full(25, 0.5), jnp.asarray(lengths), max_length=limit, buffer=buffer)
+    np.testing.assert_allclose(found, 0.5 + np.array(expected), rtol=1e-6, atol=1e-6)
+    halved = subtract_overlong(jnp.zeros(25), jnp.asarray(lengths), max_length=limit, buffer=buffer, penalty=0.5)
+    np.testing.assert_allclose(halved, 0.5 * np.array(expected), rtol=1e-6, atol=1e-6)

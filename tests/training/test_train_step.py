@@ -133,3 +133,23 @@ def test_uneven_batches_are_refused():
         update_epochs(lambda s, b: (s, {}), None, ragged(7), jax.random.key(0), num_epochs=1, num_minibatches=2)
     with pytest.raises(ValueError, match=r"has 7 rows, which 2 devices cannot share evenly: use 6 or 8"):
         shard_batch(ragged(7), make_mesh())
+
+
+@pytest.mark.parametrize(("kl_stop", "taken"), [(1e9, 12), (2.5, 4), (-1.0, 1)])
+def test_kl_stop_skips_what_comes_after_the_step_that_went_too_far(kl_stop, taken):
+    """The 'KL' grows by one a step: 0, 1, 2, 3, ...; the step that passes the limit is the last."""
+
+    def step(state, rows):
+        metrics = {"policy/approxkl_avg": state.step.astype(jnp.float32), "grad/finite": jnp.ones(())}
+        return state.replace(step=state.step + 1, params=state.params + rows.sum()), metrics
+
+    state = init_train_state(jnp.zeros(()), optax.sgd(1.0))
+    state, metrics = jax.jit(
+        lambda s: update_epochs(
+            step, s, jnp.ones(12), jax.random.key(0), num_epochs=3, num_minibatches=4, kl_stop=kl_stop
+        )
+    )(state)
+    assert int(state.step) == taken
+    assert float(state.params) == 3 * taken
+    np.testing.assert_array_equal(metrics["update/taken"], np.arange(12) < taken)
+    np.testing.assert_array_equal(metrics["policy/approxkl_avg"], np.where(np.arange(12) < taken, np.arange(12), 0))

@@ -1,0 +1,180 @@
+"""Act 3 without a critic: GRPO and its relatives, each three functions passed to the same iteration as PPO.
+
+    python experiments/grpo.py --run runs/mine --grpo.method rloo
+
+takes up `runs/mine/sft` and `runs/mine/reward_model` and writes `runs/mine/METHOD`. Two CPU cores, about a minute. What
+a method is stands in `methods`. Deviations from the papers, all for a run of minutes: 40 iterations of 48 prompts with 4
+samples, a learning rate hundreds of times higher; RLOO and ReMax take 8 clipped steps on a rollout where their papers
+take one. DAPO masks groups of equal scores in place of sampling others, and has no leash: its KL is what it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import judge
+import ppo
+import report
+import reward_model
+import sampling
+import sft
+import task
+import tyro
+from acts import note_command, refuse_again
+
+import rlhf_jax as rl
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.training.optimizers import linear_anneal
+from rlhf_jax.types import Params
+
+SHOW = {"objective/scores": "score", "objective/kl": "KL", "response/len_mean": "length"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Numbers of act 3."""
+
+    method: Literal[
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "remax",
+    ] = "grpo"
+    num_iterations: int = 40
+    num_prompts: int = 48
+    group_size: int = 4
+    num_epochs: int = 2
+    num_minibatches: int = 4
+    num_micro_batches: int = 1
+    learning_rate: float = 3e-4
+    kl_coef: float = 0.07
+    """In the reward, where it adapts to `kl_target`, or fixed in the loss: the method says which."""
+    kl_target: float | None = 4.0
+    """Nats per completion; for a KL in the reward."""
+    kl_horizon: float = 600.0
+    temperature: float = 1.0
+    missing_eos_penalty: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(task.TaskConfig):
+    """Act 3 alone."""
+
+    grpo: GRPOConfig = GRPOConfig()
+
+
+class Method(NamedTuple):
+    """What tells one method from another."""
+
+    loss_fn: Callable
+    aggregate: Callable
+    advantages_fn: Callable | None
+    kl_in_reward: bool = False
+    kl_in_loss: bool = True
+
+
+def methods(config: GRPOConfig, max_length: int) -> dict[str, Method]:
+    """Every name that `--grpo.method` knows."""
+    group = {"group_size": config.group_size}
+    relative = rl.per_completion(rl.group_relative, **group)
+    centred = rl.per_completion(rl.group_relative, scale=False, **group)
+    rloo, baseline = rl.per_completion(rl.leave_one_out, **group), partial(rl.reinforce_plus_plus_baseline, **group)
+    clipped, constant = rl.clipped_policy_loss, partial(rl.constant_length_mean, length=max_length)
+    in_reward = {"kl_in_reward": True, "kl_in_loss": False}
+    return {
+        "grpo": Method(clipped, rl.sequence_mean, relative),
+        "dr_grpo": Method(clipped, constant, centred),
+        "dapo": Method(partial(clipped, clip_high=0.28), rl.token_mean, relative, kl_in_loss=False),
+        "gspo": Method(rl.gspo_loss, rl.sequence_mean, relative),
+        "cispo": Method(rl.cispo_loss, rl.token_mean, relative),
+        "rloo": Method(clipped, constant, rloo, **in_reward),
+        "reinforce_plus_plus": Method(clipped, rl.token_mean, rl.reinforce_plus_plus, **in_reward),
+        "reinforce_plus_plus_baseline": Method(clipped, rl.token_mean, baseline),
+        "remax": Method(clipped, constant, rl.rewards_to_go, **in_reward),
+    }
+
+
+def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerConfig, tokenizer: Tokenizer):
+    """The optimiser and the jitted iteration."""
+    model, method = rl.causal_model(network), methods(config, lengths.response_length)[config.method]
+    steps, temperature = config.num_epochs * config.num_minibatches, {"temperature": config.temperature}
+    schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
+    optimizer, is_dapo = rl.ppo_optimizer(schedule), config.method == "dapo"
+    options = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "num_samples": config.group_size}
+    sampler = partial(sampling.sampler, lengths, model, **options)
+    sample_fn = sampler(**temperature)
+    score_fn = rl.make_score_fn(model, missing_eos_penalty=0.0 if is_dapo else config.missing_eos_penalty)
+    if is_dapo:  # its penalty grows over the last fifth of the tokens
+        length = lengths.response_length
+        score_fn = rl.with_overlong_penalty(score_fn, max_length=length, buffer=max(length // 5, 1))
+    experience_fn = rl.make_policy_experience_fn(
+        model,
+        method.advantages_fn,
+        kl_in_reward=method.kl_in_reward,
+        group_size=config.group_size,
+        drop_zero_spread=is_dapo,
+        **temperature,
+    )
+    if config.method == "remax":
+        sample_fn = rl.with_greedy(sample_fn, sampler(temperature=0.0))
+        experience_fn = rl.make_remax_experience_fn(model, **temperature)
+    kl_coef = config.kl_coef if method.kl_in_loss else 0.0
+    objective = rl.policy_gradient(model, method.loss_fn, aggregate=method.aggregate, kl_coef=kl_coef, **temperature)
+    update_fn = rl.make_ppo_update(
+        rl.make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches),
+        num_epochs=config.num_epochs,
+        num_minibatches=config.num_minibatches,
+        kl_target=config.kl_target if method.kl_in_reward else None,
+        kl_horizon=config.kl_horizon,
+    )
+    iteration = rl.make_ppo_iteration(sample_fn, score_fn, experience_fn, update_fn)
+    return optimizer, jax.jit(iteration, donate_argnames="state")
+
+
+def gold_line(config: task.TaskConfig, run: Path, params: Params) -> str:
+    """The embedded world's judge on held-out questions: the policy against SFT's."""
+    questions = task.held_out_questions(config)
+    before, *_ = judge.answer(config, run, sft.load(run)[2], seed=config.seed + 1)
+    after, _, kl = judge.answer(config, run, params, seed=config.seed + 2)
+    gold = [[report.gold(q, text) for q, text in zip(questions, texts, strict=True)] for texts in (after, before)]
+    return f"gold win rate over SFT {rl.win_rate(*gold)}; KL {kl.mean():.2f} nats per completion"
+
+
+def main(config: Config) -> None:
+    """Play act 3 with one method and save the policy."""
+    run, settings = config.run, config.grpo
+    refuse_again(run / settings.method)
+    tokenizer, network, policy = sft.take_up(config)
+    note_command(run)
+    reward_params, mean, std = reward_model.load(run, network, tokenizer)
+    frozen = rl.Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
+    prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
+    optimizer, iteration = build(settings, config, network, tokenizer)
+    state = rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef)
+    mesh, root = rl.make_mesh(), jax.random.key(config.seed)
+    with MetricLog(run / "metrics.jsonl", settings.method, settings.num_iterations, show=SHOW) as log:
+        for step in range(settings.num_iterations):
+            batch = rl.PPOBatch(ppo.pick(prompts, config.seed, step, settings.num_prompts))
+            state, metrics = iteration(frozen, state, rl.shard_batch(batch, mesh), jax.random.fold_in(root, step))
+            tokens = int(settings.num_prompts * settings.group_size * metrics["response/len_mean"])
+            log.write(step, metrics, tokens=tokens)
+    params = state.params["policy"]
+    checkpoint.save(run / settings.method, 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    if config.data is None:
+        print(gold_line(config, run, params))
+    print(f"policy saved in {run / settings.method}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
