@@ -54,7 +54,9 @@ class Config(task.TaskConfig):
     """Rankings of each opening, every time of other stories."""
     sft: SFTConfig = SFTConfig(num_epochs=2.0, batch_size=16, learning_rate=5e-4)
     reward: RewardModelConfig = RewardModelConfig(num_epochs=2.0, learning_rate=1e-3, label_smoothing=0.05)
-    ppo: PPOConfig = PPOConfig(num_iterations=30, batch_size=128, kl_target=8.0, kl_coef=0.05, kl_horizon=800.0)
+    ppo: PPOConfig = PPOConfig(
+        num_iterations=25, batch_size=128, learning_rate=2e-4, kl_target=8.0, kl_coef=0.15, kl_horizon=300.0
+    )
 
 
 def rows_of_openings(config: Config, tokenizer: Tokenizer, openings: Sequence[str]) -> PromptBatch:
