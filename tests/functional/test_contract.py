@@ -96,7 +96,11 @@ CALLS = {
     "worst_case": ([normals(14, 5, B)], {}, None),
 }
 every_function = pytest.mark.parametrize("name", sorted(CALLS))
-WITH_GRADIENT = sorted(name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32)
+BOOLEAN = {"zero_spread"}
+"""Results that are true or false, without gradient or precision."""
+WITH_GRADIENT = sorted(
+    name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32 and name not in BOOLEAN
+)
 DATA_ONLY = {"fit_temperature", "kto_baseline"}
 """Results through which no gradient flows."""
 MASKED = sorted(name for name, (_, _, mask) in CALLS.items() if mask is not None)
