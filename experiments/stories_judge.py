@@ -126,7 +126,8 @@ def render(report: dict, samples: Path, count: int = 5) -> str:
     lines += [f"| KL from act 1, nats (target {report['kl_target']}) | {kls} |", ""]
     for i in range(count):
         of = [[row for row in rows if row["storyteller"] == name][i] for name in ("sft", "ppo")]
-        lines += [f"> **{of[0]['opening']}**", ">", f"> *act 1:* {of[0]['text']}", ">", f"> *PPO:* {of[1]['text']}", ""]
+        before, after = (" ".join(row["text"].split()) for row in of)
+        lines += [f"> **{of[0]['opening']}**", ">", f"> *act 1:* {before}", ">", f"> *PPO:* {after}", ""]
     return "\n".join(lines)
 
 
