@@ -38,6 +38,8 @@ class Config:
     act: Literal["sft", "reward_model", "ppo"]
     to: Path
     """Folder to write; one that exists is never overwritten."""
+    data: str | None = None
+    """What it was trained on, for the card; none = as the run's settings say."""
 
 
 def figures_of(run: Path) -> dict:
@@ -78,7 +80,7 @@ def main(config: Config) -> None:
             folder,
             title=config.to.name,
             about=ABOUT[act],
-            data=str(settings.get("data") or settings.get("dataset", "the embedded world")),
+            data=str(config.data or settings.get("data") or settings.get("dataset") or "what the commands say"),
             seed=settings.get("seed", 0),
             commands=commands,
             figures=figures,
