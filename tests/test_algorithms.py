@@ -63,7 +63,7 @@ from rlhf_jax.runtime.sharding import make_mesh, replicated, shard_batch
 from rlhf_jax.training.choices import best_and_worst, best_of_group, labelled_rows, ranked_pairs
 from rlhf_jax.training.groups import per_completion
 from rlhf_jax.training.train_step import init_train_state, make_train_step
-from rlhf_jax.types import Experience, Generation, RankingBatch, SequenceBatch
+from rlhf_jax.types import Experience, Generation, PreferenceBatch, RankingBatch, SequenceBatch
 
 B, G, T = 8, 4, 9
 POLICY, REFERENCE = tiny.init_params(), tiny.init_params(7)
@@ -87,6 +87,7 @@ TOKENS, SEGMENTS, MASK = (jnp.asarray(x) for x in rows())
 OLD, REF = (jnp.where(MASK, logprobs_of(params, TOKENS, SEGMENTS), 0.0) for params in (POLICY, REFERENCE))
 SCORES = jnp.asarray(np.random.default_rng(1).normal(size=B).astype(np.float32))
 REWARDS = {coef: shape_rewards(SCORES, OLD, REF, MASK, kl_coef=coef) for coef in (0.0, 0.1)}
+UNEVEN = MASK & (jnp.arange(B) != 5)[:, None]  # so that two micro-batches are not of one weight
 GENERATION = Generation(TOKENS, SEGMENTS, MASK, OLD, jnp.ones(B, bool))
 DEMONSTRATIONS = SequenceBatch(TOKENS, SEGMENTS, MASK)
 
@@ -122,6 +123,7 @@ PAIRS = with_reference(arrays(jax.tree.map(lambda x: x[:8], ranked_pairs(ranking
 assert len(PAIRS.mask) == 8
 LABELLED = arrays(labelled_rows(jax.tree.map(np.asarray, PAIRS.replace(ref_logprobs=None)), pad_id=tiny.PAD))
 LABELLED = with_reference(jax.tree.map(lambda x: x[::2], LABELLED).replace(desirable=jnp.arange(8) % 3 > 0))
+PAIRS = PAIRS.replace(mask=jnp.arange(8) != 5)  # so that two micro-batches are not of one weight
 ONLINE = jax.tree.map(lambda x: jnp.tile(x, (2,) + (1,) * (x.ndim - 1)), best_and_worst(GENERATION, SCORES))
 ONLINE = with_reference(ONLINE.replace(mask=jnp.arange(8) != 2))  # a tie
 
@@ -137,7 +139,7 @@ class Case(NamedTuple):
     """For losses that are the policy gradient at ratio 1: the aggregation."""
 
 
-def group(loss_fn, aggregate=sequence_mean, advantages_fn=None, kl_coef=0.0, mask=MASK, **options):
+def group(loss_fn, aggregate=sequence_mean, advantages_fn=None, kl_coef=0.0, mask=UNEVEN, **options):
     advantages_fn = advantages_fn or per_completion(group_relative, group_size=G)
     objective = policy_gradient(MODEL, loss_fn, aggregate=aggregate, **options)
     return Case(objective, experience(advantages_fn, kl_coef, mask), {"policy": POLICY}, on_policy=aggregate)
@@ -257,7 +259,10 @@ def garbage(part):
     rng = np.random.default_rng(3)
     names = set(part.__dataclass_fields__)
     mask = next(np.asarray(part.__dict__[m]) for m in ("mask", "loss_mask", "completion_mask") if _fits(part, m))
-    changed = {"tokens": np.where(np.asarray(part.segment_ids) > 0, part.tokens, rng.integers(0, 3, part.tokens.shape))}
+    seen = np.asarray(part.segment_ids) > 0
+    if isinstance(part, PreferenceBatch):  # a masked pair may be anything
+        seen &= np.asarray(part.mask)[:, None, None]
+    changed = {"tokens": np.where(seen, part.tokens, rng.integers(0, 3, part.tokens.shape))}
     for name in names & {"old_logprobs", "advantages", "old_values", "returns", "ref_logprobs"}:
         if part.__dict__[name] is not None:
             changed[name] = np.where(mask, part.__dict__[name], rng.normal(size=mask.shape).astype(np.float32))
@@ -413,6 +418,9 @@ def test_metrics_of_preferences_have_their_usual_meaning():
     mask = np.asarray(PAIRS.completion_mask)
     sums = np.array([[row[m].sum() for row, m in zip(*pair, strict=True)] for pair in zip(own, mask, strict=True)])
     refs = np.array([[row[m].sum() for row, m in zip(*pair, strict=True)] for pair in zip(ref, mask, strict=True)])
+    kept = np.asarray(PAIRS.mask)
+    assert not kept.all()
+    sums, refs = sums[kept], refs[kept]
     rewards = 0.1 * (sums - refs)
     expected = {
         "rewards/chosen": rewards[:, 0].mean(),
