@@ -22,6 +22,7 @@ from rlhf_jax.data.tokenizers import save_tokenizer
 from rlhf_jax.models import huggingface
 from rlhf_jax.models.model_card import write_generation_config, write_model_card
 from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.runs import read_json_lines
 
 ABOUT = {
     "sft": "A policy after supervised fine-tuning (act 1 of RLHF).",
@@ -46,12 +47,8 @@ def figures_of(run: Path) -> dict:
     """What the run measured: its report, or else the last row of metrics of every stage."""
     if (run / "report.json").exists():
         return json.loads((run / "report.json").read_text(encoding="utf-8"))
-    path, last = run / "metrics.jsonl", {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            last[row.pop("stage")] = row
-    return last
+    path = run / "metrics.jsonl"
+    return {row.pop("stage"): row for row in read_json_lines(path)} if path.exists() else {}
 
 
 def main(config: Config) -> None:

@@ -71,10 +71,12 @@ def load(config: HHConfig, pairs: dict[str, list[Preference]], run: Path, *, mod
     """Split, and the tokenizer in the folder `model`, or one trained once on what is not held out."""
     parts = split(config, pairs, seed=seed)
     if not (run / "tokenizer").exists():
-        train = [pair for domain in DOMAINS for part in ("a", "b") for pair in parts[domain][part]]
-        texts = [f"{pair.prompt[0].content}\n{reply}" for pair in train for reply in (pair.chosen, pair.rejected)]
-        trained = model is None
-        tokenizer = train_bpe(texts, vocab_size=config.vocab_size) if trained else load_tokenizer(model, template=False)
+        if model is None:
+            train = [pair for domain in DOMAINS for part in ("a", "b") for pair in parts[domain][part]]
+            texts = [f"{pair.prompt[0].content}\n{reply}" for pair in train for reply in (pair.chosen, pair.rejected)]
+            tokenizer = train_bpe(texts, vocab_size=config.vocab_size)
+        else:
+            tokenizer = load_tokenizer(model, template=False)
         save_tokenizer(tokenizer, run / "tokenizer")
     return HHData(parts, load_tokenizer(run / "tokenizer"))
 
@@ -192,8 +194,8 @@ def counts(config: HHConfig, data: HHData) -> dict[str, int]:
 
 def _missing(what: str) -> str:
     return (
-        f"--dataset hh: {what}; nothing was started. It reads preferences/hh_helpful_base.jsonl.gz and "
+        f"human comparisons: {what}; nothing was started. Needed are preferences/hh_helpful_base.jsonl.gz and "
         "preferences/hh_harmless_base.jsonl.gz of a data folder. Fix: give the folder with --data-dir DIRECTORY or in "
-        "the environment variable RLHF_JAX_DATA; or leave --dataset hh away for the embedded world, whose data are "
-        "synthetic"
+        "the environment variable RLHF_JAX_DATA; or, in rlhf.py, leave --dataset hh away for the embedded world, whose "
+        "data are synthetic"
     )

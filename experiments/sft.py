@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import task
 import tyro
 from acts import note_command, num_steps_of, refuse_again
@@ -104,7 +103,7 @@ def batches(data, batch_size: int) -> Iterator:
 def train(
     config: SFTConfig, network: TransformerConfig, params: Params, data: SequenceBatch, *, seed: int, log_to: Path
 ) -> Params:
-    """Fit the policy, from `params`, to the demonstrations."""
+    """Fit the policy, from `params` (donated), to the demonstrations."""
     mesh = make_mesh()
     num_rows = data.tokens.shape[0]
     num_steps = num_steps_of(config, num_rows, "packed rows of demonstrations")
@@ -112,7 +111,7 @@ def train(
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
     train_step = jax.jit(train_step, donate_argnames="state")
-    state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
+    state = init_train_state(params, optimizer)
     with MetricLog(log_to, "sft", num_steps, show={"sft/nll": "nll", "sft/accuracy": "accuracy"}) as log:
         for step in range(num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import judge
 import numpy as np
 import ppo
 import reward_model
@@ -34,7 +35,6 @@ from sft import SFTConfig
 from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ranking_batch
 from rlhf_jax.data.records import TokenizedDemonstration, TokenizedRanking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
-from rlhf_jax.models import transformer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import open_run, write_json, write_json_lines, write_text
 from rlhf_jax.types import Frozen, PromptBatch, RankingBatch
@@ -146,9 +146,8 @@ def play_judge(config: Config, run: Path) -> None:
     """One story to each held-out opening by every storyteller, with its KL from act 1's."""
     tokenizer, network, reference = sft.load(run)
     base = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype).params
-    like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     rows, openings = [], stories_judge.openings(held_out=True)
-    for name, params in (("pretrained", base), ("sft", reference), ("ppo", checkpoint.restore(run / "ppo", like))):
+    for name, params in (("pretrained", base), ("sft", reference), ("ppo", judge.load_policy(run, network, tokenizer))):
         sampled, groups = tell(config, (tokenizer, network, params), openings, seed=config.seed + 3)
         ratios = sampled.logprobs - row_logprobs(network, reference, sampled.tokens, sampled.segment_ids)
         kl = row_sums(ratios, np.asarray(sampled.completion_mask))

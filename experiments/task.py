@@ -60,12 +60,12 @@ def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[
         print(f"{config.data}: {report}")
         train, held_out = split_by_prompt(records, fraction=HELD_OUT_FRACTION, seed=config.seed)
     if not (run / "tokenizer").exists():
-        texts = (chat.render(record.prompt) + " " + record.response for record in train)
-        trained = config.model is None
-        save_tokenizer(
-            train_bpe(texts, vocab_size=config.vocab_size) if trained else load_tokenizer(config.model),
-            run / "tokenizer",
-        )
+        if config.model is None:
+            texts = [chat.render(record.prompt) + " " + record.response for record in train]
+            tokenizer = train_bpe(texts, vocab_size=config.vocab_size)
+        else:
+            tokenizer = load_tokenizer(config.model)
+        save_tokenizer(tokenizer, run / "tokenizer")
     return load_tokenizer(run / "tokenizer"), train, held_out
 
 

@@ -49,6 +49,23 @@ def bradley_terry_loss(
     return _comparison_loss(chosen, rejected, margin, label_smoothing, centering_coef)
 
 
+def ordered_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
+    """The comparisons that a ranking implies: `[b, i, j]` is True where i and j are kept and i ranks before j.
+
+    Ties imply none. The K(K-1)/2 pairs of a ranking without ties are what Ouyang et al. 2022, §3.5, train on.
+
+    Args:
+      ranks: `[B, K]`, 0 = best, equal = tie; only their order counts.
+      mask: `[B, K]`, False for places that hold no response.
+
+    Returns:
+      bool `[B, K, K]`.
+    """
+    chex.assert_equal_shape([ranks, mask])
+    chex.assert_rank(ranks, 2)
+    return (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+
+
 def pairwise_ranking_loss(
     scores: Float[Array, "B K"],
     ranks: Int[Array, "B K"],
@@ -82,7 +99,7 @@ def pairwise_ranking_loss(
     chex.assert_rank(scores, 2)
     _check_options(label_smoothing, centering_coef)
     scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
-    in_order = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    in_order = ordered_pairs(ranks, mask)
     losses = _comparison_loss(scores[:, :, None], scores[:, None, :], 0.0, label_smoothing, centering_coef)
     return masked_mean(losses, in_order, axis=(1, 2))
 

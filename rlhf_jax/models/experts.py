@@ -50,5 +50,7 @@ def expert_mlp(
     sizes = jnp.bincount(flat, length=gate.shape[0])
     rows = hidden[order // per_token]
     inner = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    outputs = jax.lax.ragged_dot(inner, down, sizes) * weights.reshape(-1)[order][:, None].astype(hidden.dtype)
-    return jnp.zeros((num_tokens, hidden.shape[1]), outputs.dtype).at[order // per_token].add(outputs)
+    # Weighted and summed in float32: the weights' gradient is a sum over D, the output one over k.
+    outputs = jax.lax.ragged_dot(inner, down, sizes).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+    summed = jnp.zeros((num_tokens, hidden.shape[1]), jnp.float32).at[order // per_token].add(outputs)
+    return summed.astype(hidden.dtype)

@@ -22,7 +22,8 @@ def write_generation_config(
       **sampling: fields of `transformers.GenerationConfig`: `do_sample=True, temperature=0.7, max_new_tokens=64`.
     """
     ids = {"eos_token_id": eos_id, "pad_token_id": pad_id, "bos_token_id": bos_id}
-    _write_json(folder / "generation_config.json", {**ids, **sampling})
+    text = json.dumps({**ids, **sampling}, indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def write_model_card(
@@ -90,7 +91,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, value in tree.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
     return found
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

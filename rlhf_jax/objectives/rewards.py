@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.functional.masking import masked_sum
-from rlhf_jax.functional.reward_losses import pairwise_ranking_loss, regression_loss, step_reward_loss
+from rlhf_jax.functional.reward_losses import (
+    ordered_pairs,
+    pairwise_ranking_loss,
+    regression_loss,
+    step_reward_loss,
+)
 from rlhf_jax.models.heads import scalar_head, sequence_attributes, sequence_scores
 from rlhf_jax.objectives.forward import policy_hidden
 from rlhf_jax.types import CausalModel, Objective, Params, RankingBatch
@@ -49,7 +54,7 @@ def reward_model(
         )
         mean_over = completions if mean_over_completion else None
         scores = sequence_scores(model, params, tokens, segment_ids, mean_over).reshape(num_prompts, num_responses)
-        better = (batch.ranks[:, :, None] < batch.ranks[:, None, :]) & batch.mask[:, :, None] & batch.mask[:, None, :]
+        better = ordered_pairs(batch.ranks, batch.mask)
         gaps = scores[:, :, None] - scores[:, None, :]
         num_pairs = better.sum().astype(jnp.float32)
         prefers = jnp.any(better, axis=(1, 2))

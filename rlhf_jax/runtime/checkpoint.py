@@ -317,7 +317,9 @@ def _restore_step(folder: Path, step: int, like: Any) -> Any:
         _check_form(folder, step, stored, _form(target))
         with _DamageNamed(step, at):
             state = arrays.restore(at / "state", args=ocp.args.StandardRestore(target))
-    if leaves is not None:
+    if leaves is None:
+        _to_stderr(f"step {step} in {folder} is of format 1, which has no record: its bytes cannot be checked")
+    else:
         _check_bits(step, state, leaves)
     return jax.tree.map(lambda leaf, x: x if _wanted_sharding(leaf) else jnp.array(np.asarray(x)), like, state)
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.functional.logprobs import token_logprobs
+from rlhf_jax.functional.reward_losses import ordered_pairs
+from rlhf_jax.objectives import policy_hidden, sequence_token_logprobs
 from rlhf_jax.training.rollout import rollout_metrics
 from rlhf_jax.types import (
     CausalModel,
@@ -35,17 +37,26 @@ def best_of_group(generation: Generation, scores: jax.Array, *, group_size: int)
     return SequenceBatch(generation.tokens[rows], generation.segment_ids[rows], generation.completion_mask[rows])
 
 
-def best_and_worst(generation: Generation, scores: jax.Array, *, group_size: int = 2) -> PreferenceBatch:
+def best_and_worst(
+    generation: Generation, scores: jax.Array, ref_logprobs: jax.Array | None = None, *, group_size: int = 2
+) -> PreferenceBatch:
     """The best completion of every prompt against the worst; a group of equal scores is a tie and masked.
 
     Scores are to hold the penalty for a missing end of sequence before they label (`make_score_fn` takes it off), or
     unfinished completions win. `group_size=2` is online DPO (Guo et al. 2024).
+
+    Args:
+      generation: B rows in groups, as `generate` returns them with `samples_per_prompt`.
+      scores: `[B]`.
+      ref_logprobs: `[B, T]` of the same rows under the reference, at temperature 1, or None; they go with their rows.
+      group_size: samples per prompt.
     """
     groups = scores.reshape(-1, group_size)
     starts = jnp.arange(0, scores.shape[0], group_size)
     rows = jnp.stack([starts + jnp.argmax(groups, axis=1), starts + jnp.argmin(groups, axis=1)], axis=1)
     pairs = (x[rows] for x in (generation.tokens, generation.segment_ids, generation.completion_mask))
-    return PreferenceBatch(*pairs, mask=groups.max(axis=1) > groups.min(axis=1))
+    chosen_refs = None if ref_logprobs is None else ref_logprobs[rows]
+    return PreferenceBatch(*pairs, mask=groups.max(axis=1) > groups.min(axis=1), ref_logprobs=chosen_refs)
 
 
 def make_best_of_experience_fn(
@@ -80,16 +91,14 @@ def make_pair_experience_fn(
 
     def experience(params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array):
         del params, kl_coef
-        rows = (generation.tokens, generation.segment_ids)
-        at_sampling = sequence_token_logprobs(model, ref_params, *rows, temperature=temperature)
-        metrics = rollout_metrics(generation, scores, at_sampling, jnp.zeros(()))
-        pairs = best_and_worst(generation, scores, group_size=group_size)
-        flat = (-1, pairs.tokens.shape[-1])
-        ref_logprobs = sequence_token_logprobs(
-            model, ref_params, pairs.tokens.reshape(flat), pairs.segment_ids.reshape(flat)
+        logits = model.unembed(ref_params, policy_hidden(model, ref_params, generation.tokens, generation.segment_ids))
+        at_sampling, ref_logprobs = (
+            token_logprobs(logits, generation.tokens, temperature=t) for t in (temperature, 1.0)
         )
+        metrics = rollout_metrics(generation, scores, at_sampling, jnp.zeros(()))
+        pairs = best_and_worst(generation, scores, ref_logprobs, group_size=group_size)
         metrics["frac_ties"] = 1.0 - pairs.mask.astype(jnp.float32).mean()
-        return pairs.replace(ref_logprobs=ref_logprobs.reshape(pairs.tokens.shape)), metrics
+        return pairs, metrics
 
     return experience
 
@@ -100,11 +109,10 @@ def ranked_pairs(rankings: RankingBatch) -> PreferenceBatch:
     Raises:
       ValueError: no two responses of one prompt differ in rank.
     """
-    ranks, present = np.asarray(rankings.ranks), np.asarray(rankings.mask)
-    better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-    row, first, second = np.nonzero(better)
+    better = ordered_pairs(jnp.asarray(rankings.ranks), jnp.asarray(rankings.mask))
+    row, first, second = np.nonzero(np.asarray(better))
     if not row.size:
-        raise ValueError(f"{len(ranks)} rankings hold no ordered pair; fix: rankings that are not ties throughout")
+        raise ValueError(f"{len(better)} rankings hold no ordered pair; fix: rankings that are not ties throughout")
     arrays = (rankings.tokens, rankings.segment_ids, rankings.completion_mask)
     pairs = (np.stack([np.asarray(x)[row, first], np.asarray(x)[row, second]], axis=1) for x in arrays)
     return PreferenceBatch(*pairs, mask=np.ones(row.size, bool))

@@ -133,6 +133,7 @@ def make_remax_experience_fn(model: CausalModel, *, temperature: float = 1.0) ->
         batch, metrics = inner(params, ref_params, sampled, scores[:half] - greedy, kl_coef)
         for name in ("objective/scores", "objective/rlhf_reward"):
             metrics[name] = metrics[name] + greedy.mean()
+        metrics["objective/scores_std"] = scores[:half].std()
         return batch, {**metrics, "objective/greedy_scores": greedy.mean()}
 
     return experience

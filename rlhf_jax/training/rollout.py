@@ -104,6 +104,7 @@ def rollout_metrics(generation: Generation, scores: jax.Array, ref_logprobs: jax
         "objective/kl": kl.mean(),
         "objective/kl_coef": kl_coef,
         "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
         "objective/non_score_reward": -kl_coef * kl.mean(),
         "objective/rlhf_reward": (scores - kl_coef * kl).mean(),
         "objective/entropy": masked_sum(-generation.logprobs, mask, axis=1).mean(),

@@ -62,6 +62,7 @@ CALLS = {
     "mean_logprobs": ([BT[0], MASK], {}, MASK),
     "normalize_scores": (ROW[:1], {"mean": 0.1, "std": 2.0}, None),
     "pairwise_ranking_loss": ([normals(8, B, K), RANKS, KEPT], {}, KEPT),
+    "ordered_pairs": ([RANKS, KEPT], {}, None),
     "orpo_loss": (PAIR[:2], {}, None),
     "plackett_luce_loss": ([normals(8, B, K), RANKS // 2, KEPT], {}, KEPT),
     "positions_from_segments": ([SEGMENTS], {}, None),
@@ -96,7 +97,7 @@ CALLS = {
     "worst_case": ([normals(14, 5, B)], {}, None),
 }
 every_function = pytest.mark.parametrize("name", sorted(CALLS))
-BOOLEAN = {"zero_spread"}
+BOOLEAN = {"ordered_pairs", "zero_spread"}
 """Results that are true or false, without gradient or precision."""
 WITH_GRADIENT = sorted(
     name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32 and name not in BOOLEAN

@@ -12,6 +12,7 @@ from rlhf_jax.functional import (
     best_of_k_loss,
     bradley_terry_loss,
     first_choice_loss,
+    ordered_pairs,
     pairwise_ranking_loss,
     plackett_luce_loss,
     regression_loss,
@@ -100,6 +101,13 @@ def test_pairwise_ranking(smoothing, centering):
         scores, jnp.asarray(RANKS), jnp.asarray(MASK), label_smoothing=smoothing, centering_coef=centering
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_ordered_pairs_are_those_of_a_loop():
+    found = np.asarray(ordered_pairs(jnp.asarray(RANKS), jnp.asarray(MASK)))
+    for b, i, j in itertools.product(range(B), range(K), range(K)):
+        assert found[b, i, j] == (MASK[b, i] and MASK[b, j] and RANKS[b, i] < RANKS[b, j])
+    assert found.any()
 
 
 def test_two_responses_are_a_comparison():

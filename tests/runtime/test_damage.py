@@ -125,7 +125,7 @@ def test_the_older_step_takes_over_and_says_so(saved, tmp_path, capsys):
         checkpoint.restore(folder, STATE)
 
 
-def test_a_checkpoint_without_a_record_is_read_unchecked(saved, tmp_path):
+def test_a_checkpoint_without_a_record_is_read_unchecked_and_says_so(saved, tmp_path, capsys):
     """Format 1: notes in a folder of their own, nothing to compare with."""
     folder = tmp_path / "c"
     shutil.copytree(saved, folder)
@@ -134,6 +134,7 @@ def test_a_checkpoint_without_a_record_is_read_unchecked(saved, tmp_path):
     (folder / "2" / "notes" / "metadata").write_text('{"loss": 0.25}')
     assert checkpoint.read_notes(folder) == {"loss": 0.25}
     assert same(checkpoint.restore(folder, STATE), plus(2))
+    assert "is of format 1, which has no record: its bytes cannot be checked" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"w: stored float32\[6, 8\], wanted float32\[2\]"):
         checkpoint.restore(folder, {**STATE, "w": jnp.zeros(2)})
 

@@ -1,16 +1,31 @@
 """Alarms ring over series that go wrong, at the step where they do, and over no series of a run that went well."""
 
 import functools
+import inspect
 import json
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.training.alarms import alarms, entropy_collapse, kl_explosion
+from rlhf_jax.training.alarms import ALARMS, alarms, entropy_collapse, kl_explosion
+from rlhf_jax.training.rollout import rollout_metrics
+from rlhf_jax.types import Generation
 
 STEPS = 40
+
+
+def test_every_alarm_hears_a_metric_that_is_logged():
+    ones, half = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+    generation = Generation(ones.astype(int), ones.astype(int), half, -ones, jnp.ones(2, bool))
+    rollout = rollout_metrics(generation, jnp.asarray([0.0, 2.0]), -ones, jnp.zeros(()))
+    assert float(rollout["objective/scores_std"]) == 1.0
+    logged = {*rollout, "policy/entropy_avg"}  # the latter by the objectives
+    for alarm in ALARMS:
+        options = inspect.signature(alarm).parameters
+        assert {options[name].default for name in ("metric", "ended") if name in options} <= logged, alarm
 
 
 def healthy(rng):

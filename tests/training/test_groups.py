@@ -19,7 +19,7 @@ from rlhf_jax.functional import (
     token_mean,
 )
 from rlhf_jax.generation.generate import generate
-from rlhf_jax.objectives import of_policy, policy_gradient, preference, sft
+from rlhf_jax.objectives import of_policy, pair_token_logprobs, policy_gradient, preference, sft
 from rlhf_jax.training.choices import make_best_of_experience_fn, make_pair_experience_fn
 from rlhf_jax.training.groups import (
     make_policy_experience_fn,
@@ -151,6 +151,16 @@ def dapo():
     advantages_fn = per_completion(group_relative, group_size=G)
     options = {"kl_in_reward": False, "group_size": G, "drop_zero_spread": True}
     return sampler(), make_policy_experience_fn(MODEL, advantages_fn, **options), update
+
+
+def test_pairs_carry_the_reference_of_their_own_rows(rollout):
+    """At temperature 1, whatever the sampler's is: what `pair_token_logprobs` of the reference gives for the pairs."""
+    reference = tiny.init_params(5)
+    experience_fn = jax.jit(make_pair_experience_fn(MODEL, group_size=G, temperature=0.7))
+    pairs, metrics = experience_fn(None, reference, *rollout, jnp.zeros(()))
+    np.testing.assert_allclose(pairs.ref_logprobs, pair_token_logprobs(MODEL, reference, pairs), atol=1e-5)
+    assert not np.array_equal(pairs.tokens[:, 0], pairs.tokens[:, 1])
+    assert float(metrics["frac_ties"]) == 0.25
 
 
 def raft():
