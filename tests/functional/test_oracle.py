@@ -30,6 +30,8 @@ from rlhf_jax.functional import (
 VOCAB, LENGTH = 6, 4
 BATCH, NUM_EPOCHS, NUM_MINIBATCHES, NUM_ITERATIONS = 2048, 2, 2, 400
 LEARNING_RATE = 0.05
+EVERY_PASS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+"""For programs that run longer than they compile; the suite's default leaves passes out (`conftest.py`)."""
 
 
 class Placement(NamedTuple):
@@ -137,7 +139,9 @@ def outcomes(ref_logprobs):
     """All cases trained side by side in one compiled program."""
     placements = [Placement(**{name: beta}) for name, beta in CASES]
     stacked = Placement(*jnp.asarray(placements).T)
-    tables = jax.jit(jax.vmap(train))(stacked, jax.random.split(jax.random.key(1), len(CASES)))
+    tables = jax.jit(jax.vmap(train), compiler_options=EVERY_PASS)(
+        stacked, jax.random.split(jax.random.key(1), len(CASES))
+    )
     found = {}
     for (name, beta), table in zip(CASES, tables, strict=True):
         new_logprobs = np.float64(completion_logprobs(table, ALL))

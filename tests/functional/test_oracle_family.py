@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from functional.tabular import completion_logprobs, logprobs
-from functional.test_oracle import ALL, PROBLEM, objective, optimum
+from functional.test_oracle import ALL, EVERY_PASS, PROBLEM, objective, optimum
 
 from rlhf_jax.functional import (
     clipped_policy_loss,
@@ -85,7 +85,9 @@ CASES = [(method, beta) for method in range(len(METHODS)) for beta in BETAS]
 def tables():
     """All cases side by side in one compiled program."""
     methods, betas = (jnp.asarray(x) for x in zip(*CASES, strict=True))
-    trained = jax.jit(jax.vmap(train))(methods, betas, jax.random.split(jax.random.key(1), len(CASES)))
+    trained = jax.jit(jax.vmap(train), compiler_options=EVERY_PASS)(
+        methods, betas, jax.random.split(jax.random.key(1), len(CASES))
+    )
     return dict(zip(CASES, trained, strict=True))
 
 
@@ -130,7 +132,8 @@ def direct_tables():
         return (optax.apply_updates(tables, updates), opt_state), None
 
     start = jnp.stack([PROBLEM.ref_table] * len(cases))
-    (found, _), _ = jax.jit(lambda x: jax.lax.scan(step, (x, optimizer.init(x)), length=NUM_STEPS))(start)
+    fit = jax.jit(lambda x: jax.lax.scan(step, (x, optimizer.init(x)), length=NUM_STEPS), compiler_options=EVERY_PASS)
+    (found, _), _ = fit(start)
     return dict(zip(cases, found, strict=True))
 
 
