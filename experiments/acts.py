@@ -1,5 +1,6 @@
 """One act of a job: how long it is, and that it is played once."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -7,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.fingerprint import short
 from rlhf_jax.runtime.runs import write_json
 
 
@@ -18,8 +21,17 @@ def note_command(run: Path) -> None:
         file.write(shlex.join(["python", *sys.argv]) + "\n")
 
 
+def facts(settings: Any, *, seed: int, **trees: Any) -> dict[str, Any]:
+    """What must be the same when an act goes on: its numbers, and the bits of the data and parameters it starts from."""
+    return {
+        "settings": dataclasses.asdict(settings),
+        "seed": seed,
+        **{name: short(tree) for name, tree in trees.items()},
+    }
+
+
 def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> None:
-    """Play an act and note its seconds. On a resume, finished acts are skipped and `leftovers` of an unfinished one go."""
+    """Play an act and note its seconds (of this process). On a resume, finished acts are skipped, `leftovers` of others go."""
     path = run / "seconds.json"
     seconds = json.loads(path.read_text()) if path.exists() else {}
     if name in seconds:
@@ -43,7 +55,12 @@ def num_steps_of(config, num_rows: int, what: str) -> int:
     return num_steps
 
 
-def refuse_again(saved: Path) -> None:
-    """Stop before an act that is already played would train, lose its rows of metrics and then not be saved."""
-    if checkpoint.latest_step(saved) is not None:
-        raise FileExistsError(f"{saved} is there already and is never overwritten; fix: move it away, or another --run")
+def refuse_again(run: Path, name: str, *, resume: bool) -> None:
+    """Stop before an act that is already played, or half played, would lose what is there."""
+    if checkpoint.latest_step(run / name) is not None:
+        raise FileExistsError(
+            f"{run / name} is there already and is never overwritten; fix: move it away, or another --run"
+        )
+    if not resume and checkpoint.latest_step(run / "state" / name) is not None:
+        unfinished = run / "state" / name
+        raise FileExistsError(f"{unfinished} is of an unfinished act; fix: continue with --resume, or move it away")

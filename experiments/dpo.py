@@ -3,32 +3,44 @@
     python experiments/dpo.py --run runs/mine --dpo.method simpo
 
 takes up `runs/mine/sft`, has the annotators rank K of its responses to each question, as act 2 does, and writes
-`runs/mine/METHOD`. With `--data FILE` it learns from the rankings or pairs of that file. Two CPU cores, about a minute. What
-a method is stands in `METHODS`. Deviation from the papers: a learning rate hundreds of times higher, for a network so small.
+`runs/mine/METHOD`. With `--data FILE` it learns from the rankings or pairs of that file. `--dpo.num-rounds R` repeats it: the
+policy of a round answers other questions, its answers are ranked, and it learns from them (iterative DPO; Xiong et al. 2023).
+What a method is stands in `METHODS`. Deviation from the papers: a learning rate hundreds of times higher, for a network so
+small.
+
+Measured, DPO in three rounds after `rlhf.py` at seed 0, on two CPU cores beside other work: with the first reference it wins
+84.2 [80.8, 87.1] % against SFT at 1.2 nats (832 s), with the previous one 90.5 [87.7, 92.8] % at 2.3 nats (648 s).
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import grpo
 import jax
 import judge
+import reward_model
 import sft
 import task
 import tyro
-from acts import note_command, num_steps_of, refuse_again
+from acts import facts, note_command, num_steps_of, refuse_again
 from scoring import row_logprobs
 
 import rlhf_jax as rl
 from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.records import Ranking
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.resume import forget, guarded
+from rlhf_jax.runtime.runs import locked
 from rlhf_jax.training.optimizers import warmup_cosine
 from rlhf_jax.types import Params
 
 METHODS = {
     "dpo": (rl.dpo_loss, {}),
+    "cdpo": (partial(rl.dpo_loss, label_smoothing=0.1), {}),
     "robust_dpo": (rl.robust_dpo_loss, {}),
     "ipo": (rl.ipo_loss, {}),
     "ipo_means": (rl.ipo_loss, {"inputs_fn": rl.mean_against_reference}),
@@ -46,7 +58,7 @@ SHOW = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accu
 class DPOConfig:
     """Numbers of the run."""
 
-    method: Literal["dpo", "robust_dpo", "ipo", "ipo_means", "orpo", "simpo", "cpo", "kto"] = "dpo"
+    method: Literal["dpo", "cdpo", "robust_dpo", "ipo", "ipo_means", "orpo", "simpo", "cpo", "kto"] = "dpo"
     beta: float = 0.5
     """0.1 in Rafailov et al. 2023; with all pairs of 4,096 rankings that lets this small policy run from its text. It means
     another strength in every method; SimPO's is 2 to 2.5."""
@@ -59,6 +71,12 @@ class DPOConfig:
     learning_rate: float = 1e-4
     num_responses: int = 4
     """K, in the embedded world; all ordered pairs of a question's K responses are used."""
+    num_rounds: int = 1
+    """Of sampling, ranking and training; each with `num_epochs`, from the policy of the one before."""
+    reference: Literal["first", "previous"] = "first"
+    """Of a later round: the SFT policy, so that the leash holds over all rounds, or the policy that the round starts from."""
+    save_every: int = 100
+    """Steps from one checkpoint of the unfinished act to the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,57 +94,89 @@ def build_objective(config: DPOConfig, network: rl.TransformerConfig):
     return rl.preference(model, loss_fn, beta=config.beta, nll_coef=config.nll_coef, **options)
 
 
-def load_data(config: Config, run: Path):
-    """Training and held-out batches with the SFT policy's log-probs, which are computed here once."""
-    tokenizer, network, policy = sft.load(run)
-    sides = (
-        task.load_rankings(config)
-        if config.data
-        else [
-            judge.rankings_of_policy(config, run, num_responses=config.dpo.num_responses, held_out=held_out)
-            for held_out in (False, True)
-        ]
-    )
-    batches = []
-    for rankings in sides:
-        most = max(len(record.responses) for record in rankings)
-        batch = rl.ranked_pairs(task.ranking_rows(config, tokenizer, rankings, num_responses=most))
-        if config.dpo.method == "kto":
-            batch = rl.labelled_rows(batch, pad_id=tokenizer.pad_id)
-        flat = (-1, batch.tokens.shape[-1])
-        ref = row_logprobs(network, policy, batch.tokens.reshape(flat), batch.segment_ids.reshape(flat))
-        batches.append(batch.replace(ref_logprobs=ref.reshape(batch.tokens.shape)))
-    return batches
+def ranked_answers(
+    config: Config, network: rl.TransformerConfig, tokenizer: Tokenizer, policy: Params, number: int
+) -> list[Ranking]:
+    """K responses of the policy to the questions of a round, ranked by the annotators; the first round's are act 2's."""
+    records = task.load_prompts(config)[0]
+    start = number * task.NUM_RANKINGS % len(records)
+    questions = [record.prompt[0].content for record in [*records[start:], *records[:start]][: task.NUM_RANKINGS]]
+    settings = {"num_responses": config.dpo.num_responses, "seed": config.seed + 10_000 * number}
+    return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
 
 
-def train(config: DPOConfig, network: rl.TransformerConfig, policy: Params, data, *, seed: int, log_to: Path) -> Params:
-    """Fit the policy, from `policy` on, to the pairs."""
+def as_batch(
+    config: Config,
+    network: rl.TransformerConfig,
+    tokenizer: Tokenizer,
+    rankings: Sequence[Ranking],
+    reference: Params,
+):
+    """Pairs (for KTO, completions) with the reference's log-probs, which are computed here once."""
+    most = max(len(record.responses) for record in rankings)
+    batch = rl.ranked_pairs(task.ranking_rows(config, tokenizer, rankings, num_responses=most))
+    if config.dpo.method == "kto":
+        batch = rl.labelled_rows(batch, pad_id=tokenizer.pad_id)
+    flat = (-1, batch.tokens.shape[-1])
+    ref = row_logprobs(network, reference, batch.tokens.reshape(flat), batch.segment_ids.reshape(flat))
+    return batch.replace(ref_logprobs=ref.reshape(batch.tokens.shape))
+
+
+def train(
+    config: DPOConfig, network: rl.TransformerConfig, policy: Params, data, *, seed: int, keep: Callable, stage: str
+) -> Params:
+    """Fit the policy, from `policy` on, to the pairs; `keep` is `task.keeper`'s."""
     num_rows = len(data.tokens)
     num_steps = num_steps_of(config, num_rows, "pairs")
     optimizer = rl.adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     step_fn = rl.make_train_step(
         build_objective(config, network), optimizer, num_micro_batches=config.num_micro_batches
     )
-    step_fn, mesh = jax.jit(step_fn, donate_argnames="state"), rl.make_mesh()
+    step_fn, mesh = jax.jit(guarded(step_fn), donate_argnums=0), rl.make_mesh()
     state = rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer)
-    with MetricLog(log_to, config.method, num_steps, show=SHOW) as log:
-        for step in range(num_steps):
+    same = facts(config, seed=seed, data=data, start=policy)
+    with (
+        keep(stage, state, save_every=config.save_every, facts=same) as kept,
+        MetricLog(kept.log_to, stage, num_steps, show=SHOW, first_step=kept.first_step) as log,
+    ):
+        state = kept.state
+        for step in range(kept.first_step, num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)
-            batch = rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh)
+            batch = kept.batch(step, rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
             state, metrics = step_fn(state, batch)
-            log.write(step, metrics, tokens=batch.tokens.size)
+            log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
+            kept.finish(step, state)
     return state.params
 
 
 def main(config: Config) -> None:
     """Learn from the comparisons, save the policy, say what held-out pairs and the world's judge think of it."""
     run, settings = config.run, config.dpo
-    refuse_again(run / settings.method)
+    if config.data is not None and settings.num_rounds > 1:
+        raise SystemExit(
+            "nobody ranks new answers to the prompts of a file; nothing was started; fix: --dpo.num-rounds 1"
+        )
+    refuse_again(run, settings.method, resume=config.resume)
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
-    data, held_out = load_data(config, run)
-    params = train(settings, network, policy, data, seed=config.seed, log_to=run / "metrics.jsonl")
+    if config.data is None:
+        unseen = judge.rankings_of_policy(config, run, num_responses=settings.num_responses, held_out=True)
+    else:
+        rankings, unseen = task.load_rankings(config)
+    held_out = as_batch(config, network, tokenizer, unseen, policy)
+    params, stages = policy, [settings.method, *(f"{settings.method}_round_{i}" for i in range(1, settings.num_rounds))]
+    for number, stage in enumerate(stages):
+        if config.data is None:
+            rankings = ranked_answers(config, network, tokenizer, params, number)
+        reference = policy if settings.reference == "first" else params
+        data = as_batch(config, network, tokenizer, rankings, reference)
+        options = {"seed": config.seed + number, "keep": task.keeper(config), "stage": stage}
+        params = train(settings, network, params, data, **options)
+        if number < settings.num_rounds - 1:
+            print(f"round {number + 1}: {grpo.gold_line(config, run, params)}")
     checkpoint.save(run / settings.method, 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    for stage in stages:
+        forget(run, stage)
     result = rl.evaluate(build_objective(settings, network))(params, sft.batches(held_out, 64))
     print("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in sorted(result.items())))
     if config.data is None:
@@ -135,4 +185,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    settings = tyro.cli(Config, description=__doc__)
+    with locked(settings.run):
+        main(settings)

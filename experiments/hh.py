@@ -51,8 +51,7 @@ def play_sft(job: Job, data: HHData) -> None:
     """Act 1, on the chosen replies of both halves of both domains."""
     policy = sft.start(job.hh.sft, data.tokenizer, model=job.model, seed=job.seed)
     rows = hh_data.demonstration_rows(job.hh, data, data.of("a", "b"))
-    log_to = job.run / "metrics.jsonl"
-    params = sft.train(job.hh.sft, policy.config, policy.params, rows, seed=job.seed, log_to=log_to)
+    params = sft.train(job.hh.sft, policy.config, policy.params, rows, seed=job.seed, keep=job.keep)
     sft.save(job.run, data.tokenizer, policy._replace(params=params))
 
 
@@ -172,7 +171,7 @@ def judge(job: Job, data: HHData) -> None:
     write_json_lines(job.run / "samples.jsonl", rows)
 
 
-HEEDED = ("run", "resume", "seed", "dataset", "data_dir", "model")
+HEEDED = ("run", "resume", "force", "replay", "seed", "dataset", "data_dir", "model")
 """Fields of `rlhf.Config` that this job reads."""
 
 
@@ -192,8 +191,9 @@ def main(config, numbers: HHConfig | None = None) -> dict:
     """Play what is not yet played, then judge; `config` is `rlhf.Config`."""
     check_settings(config)
     pairs = hh_data.read_pairs(config.data_dir)
-    job = Job(config.run, config.resume, config.seed, config.data_dir, config.model, numbers or HHConfig())
-    run = open_run(job.run, job, resume=job.resume)
+    places = config.run, config.resume, config.seed, config.data_dir, config.model
+    job = Job(*places, numbers or HHConfig(), force=config.force, replay=config.replay)
+    run = open_run(job.run, job, resume=job.resume, force=job.force)
     note_command(run)
     data = hh_data.load(job.hh, pairs, run, model=job.model, seed=job.seed)
     print(hh_render.describe(hh_data.counts(job.hh, data)))

@@ -7,10 +7,15 @@ about a 95th percentile.
 """
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import task
 from sft import SFTConfig
+
+from rlhf_jax.runtime.resume import Kept, resumable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class HHPPOConfig:
     kl_coef: float = 0.02
     kl_target: float | None = 5.0
     kl_horizon: float = 1000.0
+    save_every: int = 10
     gae_lambda: float = 0.95
     vf_coef: float = 0.1
     ptx_coef: float = 0.0
@@ -84,3 +90,10 @@ class Job:
     data_dir: Path | None
     model: Path | None
     hh: HHConfig
+    force: bool = False
+    replay: Path | None = None
+
+    @property
+    def keep(self) -> Callable[..., AbstractContextManager[Kept]]:
+        """As `task.keeper` has it."""
+        return partial(resumable, self.run, force=self.force, replay=self.replay)

@@ -12,6 +12,7 @@ import reward_model
 import sampling
 import sft
 import task
+from acts import facts
 from hh_config import HHConfig, HHPPOConfig, Job
 from hh_data import HHData
 
@@ -22,6 +23,7 @@ from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import actor_critic, shared_critic
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.training.optimizers import linear_anneal, ppo_optimizer
 from rlhf_jax.training.ppo import PPOBatch, init_ppo_state, make_ppo_iteration, make_ppo_update
 from rlhf_jax.training.rollout import make_experience_fn
@@ -96,7 +98,7 @@ def build(config: HHPPOConfig, lengths: task.TaskConfig, network: TransformerCon
             ptx_coef=config.ptx_coef,
         ),
     )
-    return optimizer, jax.jit(iteration, donate_argnames="state")
+    return optimizer, jax.jit(guarded(iteration, state_at=1), donate_argnums=1)
 
 
 def play(job: Job, data: HHData, run: RLRun) -> None:
@@ -119,18 +121,28 @@ def play(job: Job, data: HHData, run: RLRun) -> None:
         demonstrations = hh_data.demonstration_rows(job.hh, data, data.of("a", "b"), replies_per_row=1)
     critic = {"head": init_value_head(network.model_dim)}
     state = init_ppo_state(policy, critic, optimizer, kl_coef=run.ppo.kl_coef)
-    root, kept = jax.random.key(job.seed), policy
-    with MetricLog(job.run / "metrics.jsonl", f"ppo_{run.name}", run.ppo.num_iterations, show=ppo.SHOW) as log:
-        for step in range(run.ppo.num_iterations):
+    root, stage = jax.random.key(job.seed), f"ppo_{run.name}"
+    same = facts(run.ppo, seed=job.seed, data=(prompts, demonstrations), frozen=frozen)
+    start = {"state": state, "policy": policy}
+    with (
+        job.keep(stage, start, save_every=run.ppo.save_every, facts=same) as kept,
+        MetricLog(kept.log_to, stage, run.ppo.num_iterations, show=ppo.SHOW, first_step=kept.first_step) as log,
+    ):
+        state, policy = kept.state["state"], kept.state["policy"]
+        for step in range(kept.first_step, run.ppo.num_iterations):
             batch = PPOBatch(ppo.pick(prompts, job.seed, step, run.ppo.batch_size))
             if demonstrations is not None:
                 batch = batch.replace(demonstrations=ppo.pick(demonstrations, job.seed, step, run.ppo.batch_size))
+            batch = kept.batch(step, batch)
             sampler = jax.tree.map(jnp.copy, state.params["policy"])  # the state itself is donated
             state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
-            kl = log.write(step, metrics, tokens=int(run.ppo.batch_size * metrics["response/len_mean"]))["objective/kl"]
-            if run.ppo.kl_target is not None and kl >= run.ppo.kl_target:
+            metrics = kept.check(step, {"state": state, "policy": policy}, metrics, batch)
+            log.write(step, metrics, tokens=int(run.ppo.batch_size * metrics["response/len_mean"]))
+            if run.ppo.kl_target is not None and metrics["objective/kl"] >= run.ppo.kl_target:
                 break
-            kept = sampler
+            policy = sampler
+            kept.finish(step, {"state": state, "policy": policy})
         else:
-            kept = state.params["policy"]
-    checkpoint.save(job.run / "policies" / run.name, 0, kept)
+            policy = state.params["policy"]
+    checkpoint.save(job.run / "policies" / run.name, 0, policy)
+    forget(job.run, stage)

@@ -7,8 +7,12 @@ a data folder (1,880 + 1,899 pairs of the public test splits), trains small netw
 and the beginning of the reply, and scores every pair of both domains. Five seeds are five folds by prompt, so that every
 in-domain pair is scored by the one network that did not see it; all networks train in one `vmap`. At this size the
 tension is mostly length: helpful comparisons favour the longer reply, harmless ones the shorter. Hence two tables: replies
-of up to 48 tokens, and replies cut to exactly 12, where length cannot be seen. Two CPU cores, about six minutes.
-Deviation: tokenizer trained on all text (no labels in it).
+of up to 48 tokens, and replies cut to exactly 12, where length cannot be seen. Deviation: tokenizer trained on all text (no
+labels in it).
+
+Measured: helpful .576 and harmless .564 on their own kind, .438 and .443 on the other's, shuffled labels .508; prefer the
+longer .609 and .444; at 12 tokens these are .490 and .489. All three criteria pass. 365 s on two cores of an AMD EPYC
+beside other work (321 s of CPU time).
 """
 
 import dataclasses

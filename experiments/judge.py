@@ -29,11 +29,14 @@ def rankings_of_policy(config: task.TaskConfig, run: Path, *, num_responses: int
     return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
 
 
-def load_policy(folder: Path, network: TransformerConfig, tokenizer: Tokenizer) -> Params:
-    """The policy of act 3."""
-    if checkpoint.read_notes(folder / "ppo")["tokenizer"] != tokenizer.fingerprint:
-        raise ValueError(f"the policy in {folder / 'ppo'} was trained with another tokenizer than act 1's")
-    return checkpoint.restore(folder / "ppo", jax.eval_shape(lambda: transformer.init(jax.random.key(0), network)))
+def load_policy(
+    folder: Path, network: TransformerConfig, tokenizer: Tokenizer, act: str = "ppo", *, step: int | None = None
+) -> Params:
+    """The policy of act 3, by its name and, where it was saved more than once, its step."""
+    if checkpoint.read_notes(folder / act, step=step)["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(f"the policy in {folder / act} was trained with another tokenizer than act 1's")
+    like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
+    return checkpoint.restore(folder / act, like, step=step)
 
 
 def answer(

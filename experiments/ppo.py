@@ -10,6 +10,7 @@ iterations of 192 completions, 2 epochs of 4 minibatches, a learning rate 30 tim
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import note_command, refuse_again
+from acts import facts, note_command, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -29,6 +30,8 @@ from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import actor_critic, separate_critic, shared_critic
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.resume import forget, guarded
+from rlhf_jax.runtime.runs import locked, read_json_lines
 from rlhf_jax.runtime.sharding import make_mesh, shard_batch
 from rlhf_jax.training.optimizers import linear_anneal, ppo_optimizer
 from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
@@ -58,6 +61,8 @@ class PPOConfig:
     kl_target: float | None = 4.0
     """Nats per completion; none keeps `kl_coef` fixed."""
     kl_horizon: float = 600.0
+    save_every: int = 10
+    """Iterations from one checkpoint of the unfinished act to the next."""
     temperature: float = 1.0
     gae_lambda: float = 0.95
     vf_coef: float = 0.1
@@ -107,7 +112,7 @@ def build(
             ptx_coef=config.ptx_coef,
         ),
     )
-    return optimizer, jax.jit(iteration, donate_argnames="state")
+    return optimizer, jax.jit(guarded(iteration, state_at=1), donate_argnums=1)
 
 
 def train(
@@ -119,32 +124,38 @@ def train(
     prompts: PromptBatch,
     *,
     seed: int,
-    log_to: Path,
+    keep: Callable,
     reward_network: TransformerConfig | None = None,
     demonstrations: SequenceBatch | None = None,
     stage: str = "ppo",
 ) -> tuple[Params, list[dict[str, float]]]:
     """Train the policy that `frozen.ref_params` starts; returns its parameters and the metrics of every iteration.
 
-    `reward_network` is the reward model's shape, the policy's where it is None. `demonstrations` are the rows that PPO-ptx
-    keeps likely; needed when `config.ptx_coef` is not 0.
+    `keep` is `task.keeper`'s. `reward_network` is the reward model's shape, the policy's where it is None. `demonstrations`
+    are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
     """
-    mesh, history, reward_network = make_mesh(), [], reward_network or network
+    mesh, reward_network = make_mesh(), reward_network or network
     optimizer, iteration = build(config, lengths, network, reward_network, tokenizer.eos_id, tokenizer.pad_id)
     critic = {"head": init_value_head(network.model_dim)}
     if config.separate_critic:
         critic = critic_from_trunk(frozen.reward_params["trunk"], reward_network.model_dim)
     state = init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef)
-    root = jax.random.key(seed)
-    with MetricLog(log_to, stage, config.num_iterations, show=SHOW) as log:
-        for step in range(config.num_iterations):
+    root, same = jax.random.key(seed), facts(config, seed=seed, data=(prompts, demonstrations), frozen=frozen)
+    with (
+        keep(stage, state, save_every=config.save_every, facts=same) as kept,
+        MetricLog(kept.log_to, stage, config.num_iterations, show=SHOW, first_step=kept.first_step) as log,
+    ):
+        state = kept.state
+        for step in range(kept.first_step, config.num_iterations):
             batch = PPOBatch(pick(prompts, seed, step, config.batch_size))
             if config.ptx_coef:
                 batch = batch.replace(demonstrations=pick(demonstrations, seed, step, config.batch_size))
-            state, metrics = iteration(frozen, state, shard_batch(batch, mesh), jax.random.fold_in(root, step))
-            new_tokens = int(config.batch_size * metrics["response/len_mean"])
-            history.append(log.write(step, metrics, tokens=new_tokens))
-    return state.params["policy"], history
+            batch = kept.batch(step, shard_batch(batch, mesh))
+            state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
+            metrics = kept.check(step, state, metrics, batch)
+            log.write(step, metrics, tokens=int(config.batch_size * metrics["response/len_mean"]))
+            kept.finish(step, state)
+    return state.params["policy"], [row for row in read_json_lines(kept.log_to) if row["stage"] == stage]
 
 
 def pick(data, seed: int, step: int, batch_size: int):
@@ -156,7 +167,7 @@ def pick(data, seed: int, step: int, batch_size: int):
 def main(config: Config) -> None:
     """Play act 3 and save the policy."""
     run = config.run
-    refuse_again(run / "ppo")
+    refuse_again(run, "ppo", resume=config.resume)
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
     train_prompts, _ = task.load_prompts(config)
@@ -181,13 +192,16 @@ def main(config: Config) -> None:
         frozen,
         rows,
         seed=config.seed,
-        log_to=run / "metrics.jsonl",
+        keep=task.keeper(config),
         reward_network=reward_network,
         demonstrations=demonstrations,
     )
     checkpoint.save(run / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    forget(run, "ppo")
     print(f"KL {history[-1]['objective/kl']:.2f} nats; policy saved in {run / 'ppo'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    settings = tyro.cli(Config, description=__doc__)
+    with locked(settings.run):
+        main(settings)

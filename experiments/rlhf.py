@@ -33,7 +33,8 @@ from rich.markdown import Markdown
 from sft import SFTConfig
 
 from rlhf_jax.runtime import checkpoint
-from rlhf_jax.runtime.runs import open_run, write_json_lines
+from rlhf_jax.runtime.resume import forget
+from rlhf_jax.runtime.runs import locked, open_run, write_json_lines
 from rlhf_jax.types import Frozen, RankingBatch
 
 CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"))
@@ -60,8 +61,8 @@ def play_sft(config: Config, run: Path) -> None:
     tokenizer, demonstrations, _ = task.load_demonstrations(config, run)
     policy = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
-    log_to = run / "metrics.jsonl"
-    params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, log_to=log_to)
+    keep = task.keeper(config)
+    params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, keep=keep)
     sft.save(run, tokenizer, policy._replace(params=params))
 
 
@@ -77,11 +78,12 @@ def fit_reward_model(
     config, run, network, tokenizer, policy, data: RankingBatch, save_to: Path, *, seed: int, stage: str
 ):
     """Train, normalise to mean 0 and standard deviation 1 on the SFT policy's samples, save."""
-    log_to = run / "metrics.jsonl"
-    params = reward_model.train(config.reward, network, policy, data, seed=seed, log_to=log_to, stage=stage)
+    keep = task.keeper(config)
+    params = reward_model.train(config.reward, network, policy, data, seed=seed, keep=keep, stage=stage)
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0][:512])
     moments = reward_model.reference_moments(config, network, tokenizer, policy, (network, params), prompts, seed=seed)
     reward_model.save(save_to, params, tokenizer, mean=moments[0], std=moments[1])
+    forget(run, stage)
 
 
 def play_ppo(
@@ -95,9 +97,10 @@ def play_ppo(
     demonstrations = None
     if config.ppo.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
-    options = {"seed": config.seed, "log_to": run / "metrics.jsonl", "demonstrations": demonstrations, "stage": stage}
+    options = {"seed": config.seed, "keep": task.keeper(config), "demonstrations": demonstrations, "stage": stage}
     params, _ = ppo.train(config.ppo, config, network, tokenizer, frozen, prompts, **options)
     checkpoint.save((save_to or run) / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    forget(run, stage)
 
 
 def play_controls(config: Config, run: Path) -> None:
@@ -125,7 +128,7 @@ def play_judge(config: Config, run: Path) -> None:
 
 
 def main(config: Config) -> dict:
-    """Play what is not yet played, then judge."""
+    """Play what is not yet played, then judge; nobody else may write to the run's folder meanwhile."""
     if CACHE:
         jax.config.update("jax_compilation_cache_dir", CACHE)
     if config.data is not None:
@@ -133,9 +136,13 @@ def main(config: Config) -> dict:
             "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "
             "Fix: give the file to sft.py, reward_model.py or ppo.py"
         )
-    if config.dataset == "hh":
-        return hh.main(config)
-    run = open_run(config.run, config, resume=config.resume)
+    with locked(config.run):
+        return hh.main(config) if config.dataset == "hh" else play(config)
+
+
+def play(config: Config) -> dict:
+    """The three acts in the embedded world."""
+    run = open_run(config.run, config, resume=config.resume, force=config.force)
     note_command(run)
     timed(run, "sft", lambda: play_sft(config, run), run / "sft")
     timed(run, "reward_model", lambda: play_reward_model(config, run), run / "reward_model")

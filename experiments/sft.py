@@ -8,13 +8,13 @@ DIRECTORY` names a checkpoint to start from (its learning rate wants to be a hun
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import task
 import tyro
-from acts import note_command, num_steps_of, refuse_again
+from acts import facts, note_command, num_steps_of, refuse_again
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
@@ -26,7 +26,8 @@ from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
-from rlhf_jax.runtime.runs import open_run
+from rlhf_jax.runtime.resume import forget, guarded
+from rlhf_jax.runtime.runs import locked, open_run
 from rlhf_jax.runtime.sharding import make_mesh, shard_batch
 from rlhf_jax.training.evaluate import evaluate
 from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
@@ -42,6 +43,8 @@ class SFTConfig:
     batch_size: int = 32
     learning_rate: float = 4e-3
     num_micro_batches: int = 1
+    save_every: int = 100
+    """Steps from one checkpoint of the unfinished act to the next."""
     num_layers: int = 3
     model_dim: int = 80
     num_heads: int = 4
@@ -101,23 +104,29 @@ def batches(data, batch_size: int) -> Iterator:
 
 
 def train(
-    config: SFTConfig, network: TransformerConfig, params: Params, data: SequenceBatch, *, seed: int, log_to: Path
+    config: SFTConfig, network: TransformerConfig, params: Params, data: SequenceBatch, *, seed: int, keep: Callable
 ) -> Params:
-    """Fit the policy, from `params` (donated), to the demonstrations."""
+    """Fit the policy, from `params` (donated), to the demonstrations; `keep` is `task.keeper`'s."""
     mesh = make_mesh()
     num_rows = data.tokens.shape[0]
     num_steps = num_steps_of(config, num_rows, "packed rows of demonstrations")
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
-    train_step = jax.jit(train_step, donate_argnames="state")
-    state = init_train_state(params, optimizer)
-    with MetricLog(log_to, "sft", num_steps, show={"sft/nll": "nll", "sft/accuracy": "accuracy"}) as log:
-        for step in range(num_steps):
+    train_step = jax.jit(guarded(train_step), donate_argnums=0)
+    state, show = init_train_state(params, optimizer), {"sft/nll": "nll", "sft/accuracy": "accuracy"}
+    same = facts(config, seed=seed, data=data, start=params)
+    with (
+        keep("sft", state, save_every=config.save_every, facts=same) as kept,
+        MetricLog(kept.log_to, "sft", num_steps, show=show, first_step=kept.first_step) as log,
+    ):
+        state = kept.state
+        for step in range(kept.first_step, num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)
-            batch = shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh)
+            batch = kept.batch(step, shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
             state, metrics = train_step(state, batch)
-            log.write(step, metrics, tokens=batch.tokens.size)
+            log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
+            kept.finish(step, state)
     return state.params
 
 
@@ -126,6 +135,7 @@ def save(run: Path, tokenizer: Tokenizer, policy: Pretrained) -> None:
     how = {"unroll": policy.config.unroll, "dtype": policy.config.dtype}
     notes = {"hf_config": policy.hf_config, **how, "tokenizer": tokenizer.fingerprint}
     checkpoint.save(run / "sft", 0, policy.params, notes=notes)
+    forget(run, "sft")
 
 
 def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
@@ -142,8 +152,9 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
 def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Params]:
     """The policy that a later act starts from: act 1's of this run or, where there is none, `--model`, kept as act 1's."""
     run = config.run
-    if config.model is not None:
-        if checkpoint.latest_step(run / "sft") is not None:
+    there = checkpoint.latest_step(run / "sft") is not None
+    if config.model is not None and not (there and config.resume):
+        if there:
             raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
         tokenizer = load_tokenizer(config.model)
         policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
@@ -156,14 +167,14 @@ def main(config: Config) -> None:
     """Play act 1 and save the policy."""
     if config.data is not None:
         read_demonstrations(config.data)  # what is wrong with the file is told before the run's folder is opened
-    run = open_run(config.run, config, resume=config.resume)
+    run = open_run(config.run, config, resume=config.resume, force=config.force)
     note_command(run)
-    refuse_again(run / "sft")
+    refuse_again(run, "sft", resume=config.resume)
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
     policy = start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
-    network, log_to = policy.config, run / "metrics.jsonl"
-    params = train(config.sft, network, policy.params, rows, seed=config.seed, log_to=log_to)
+    network = policy.config
+    params = train(config.sft, network, policy.params, rows, seed=config.seed, keep=task.keeper(config))
     save(run, tokenizer, policy._replace(params=params))
     held_out_rows = task.demonstration_rows(config, tokenizer, held_out)
     result = evaluate(sft(transformer.causal_model(network)))(params, batches(held_out_rows, 64))
@@ -171,4 +182,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    settings = tyro.cli(Config, description=__doc__)
+    with locked(settings.run):
+        main(settings)

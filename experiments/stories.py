@@ -36,7 +36,8 @@ from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ran
 from rlhf_jax.data.records import TokenizedDemonstration, TokenizedRanking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from rlhf_jax.runtime import checkpoint
-from rlhf_jax.runtime.runs import open_run, write_json, write_json_lines, write_text
+from rlhf_jax.runtime.resume import forget
+from rlhf_jax.runtime.runs import locked, open_run, write_json, write_json_lines, write_text
 from rlhf_jax.types import Frozen, PromptBatch, RankingBatch
 
 
@@ -92,8 +93,8 @@ def play_sft(config: Config, run: Path) -> None:
     print(f"act 1: {len(examples)} stories to {len(openings)} openings")
     ids = {"pad_id": tokenizer.pad_id, "vocab_size": tokenizer.vocab_size}
     data = packed_demonstration_batch(examples, length=config.row_length, **ids)
-    log_to = run / "metrics.jsonl"
-    params = sft.train(config.sft, base.config, base.params, data, seed=config.seed, log_to=log_to)
+    keep = task.keeper(config)
+    params = sft.train(config.sft, base.config, base.params, data, seed=config.seed, keep=keep)
     save_tokenizer(tokenizer, run / "tokenizer")
     sft.save(run, tokenizer, base._replace(params=params))
 
@@ -123,12 +124,13 @@ def play_reward_model(config: Config, run: Path) -> None:
     openings = stories_judge.openings(held_out=False)
     asked = openings * config.num_rankings
     data = ranked_stories(config, policy, asked, seed=config.seed + 2)
-    params = reward_model.train(config.reward, network, start, data, seed=config.seed, log_to=run / "metrics.jsonl")
+    params = reward_model.train(config.reward, network, start, data, seed=config.seed, keep=task.keeper(config))
     prompts = rows_of_openings(config, tokenizer, openings[:256])
     mean, std = reward_model.reference_moments(
         config, network, tokenizer, start, (network, params), prompts, seed=config.seed
     )
     reward_model.save(run, params, tokenizer, mean=mean, std=std)
+    forget(run, "reward_model")
 
 
 def play_ppo(config: Config, run: Path) -> None:
@@ -137,9 +139,10 @@ def play_ppo(config: Config, run: Path) -> None:
     reward_params, mean, std = reward_model.load(run, network, tokenizer)
     frozen = Frozen(start, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = rows_of_openings(config, tokenizer, stories_judge.openings(held_out=False))
-    options = {"seed": config.seed, "log_to": run / "metrics.jsonl"}
+    options = {"seed": config.seed, "keep": task.keeper(config)}
     params, _ = ppo.train(config.ppo, config, network, tokenizer, frozen, prompts, **options)
     checkpoint.save(run / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    forget(run, "ppo")
 
 
 def play_judge(config: Config, run: Path) -> None:
@@ -160,7 +163,13 @@ def main(config: Config) -> dict:
     """Play what is not yet played, then judge."""
     if config.model is None:
         raise SystemExit("--model is missing: the folder that convert_llama2c.py wrote, or another storyteller's")
-    run = open_run(config.run, config, resume=config.resume)
+    with locked(config.run):
+        return play(config)
+
+
+def play(config: Config) -> dict:
+    """The three acts of the storyteller."""
+    run = open_run(config.run, config, resume=config.resume, force=config.force)
     note_command(run)
     for name, act in (("sft", play_sft), ("reward_model", play_reward_model), ("ppo", play_ppo)):
         timed(run, name, lambda act=act: act(config, run), run / name)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,7 @@ from rlhf_jax.data.preferences import preference_ranking, read_preferences, read
 from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from rlhf_jax.runtime.resume import Kept, resumable
 from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 
 NUM_DEMONSTRATIONS, NUM_RANKINGS, NUM_PROMPTS, NUM_HELD_OUT = 16_000, 4_096, 8_192, 512
@@ -30,7 +33,11 @@ class TaskConfig:
     run: Path = Path("runs/rlhf")
     """Folder of the run; one that exists is never overwritten."""
     resume: bool = False
-    """Continue in `run`: acts that are finished are not played again."""
+    """Continue in `run`: acts that are finished are not played again, an unfinished one goes on after its last checkpoint."""
+    force: bool = False
+    """With `resume`: go on although settings or data differ; the run's folder records what did."""
+    replay: Path | None = None
+    """With `resume`: a `bad_batch_N.npz` of this run. Play that step again, say what is not finite, and stop."""
     seed: int = 0
     data: Path | None = None
     """JSON lines in the clean schema; none = the embedded world."""
@@ -46,6 +53,11 @@ class TaskConfig:
     """Tokens, the end of sequence included; longer demonstrations are dropped."""
     row_length: int = 64
     """Tokens of a training row of act 1, which packs several demonstrations."""
+
+
+def keeper(config: TaskConfig) -> Callable[..., AbstractContextManager[Kept]]:
+    """`keep(stage, state, save_every=..., facts=...)` for the training loops: `resumable` in the folder of this run."""
+    return partial(resumable, config.run, force=config.force, replay=config.replay)
 
 
 def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[Demonstration], list[Demonstration]]:

@@ -5,15 +5,18 @@ tokenizers and batches are in `rlhf_jax.data`, checkpoints, logs and run folders
 """
 
 from rlhf_jax.functional.advantages import (
+    batch_relative,
     gae,
     group_relative,
     leave_one_out,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     rewards_to_go,
+    standardize,
     zero_spread,
 )
 from rlhf_jax.functional.aggregation import constant_length_mean, sequence_mean, token_mean
+from rlhf_jax.functional.best_of_n import best_of_n_kl, best_of_n_logprobs, best_of_n_mean, best_of_n_weights
 from rlhf_jax.functional.calibration import (
     expected_calibration_error,
     fit_log_length,
@@ -21,12 +24,13 @@ from rlhf_jax.functional.calibration import (
     remove_length,
 )
 from rlhf_jax.functional.ensembles import ensemble_mean, normalize_members, uncertainty_weighted, worst_case
-from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3, k3_straight_through
+from rlhf_jax.functional.kl import adaptive_kl_coef, exact_kl, k1, k2, k3, k3_straight_through
 from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
 from rlhf_jax.functional.masking import masked_whiten, shift_right
 from rlhf_jax.functional.policy_losses import (
     cispo_loss,
     clipped_policy_loss,
+    clipped_sequence_loss,
     clipped_value_loss,
     gspo_loss,
     reinforce_loss,
@@ -47,6 +51,14 @@ from rlhf_jax.functional.preference_losses import (
     robust_dpo_loss,
     simpo_loss,
 )
+from rlhf_jax.functional.reward_combinations import (
+    dual_ascent,
+    fill_missing,
+    lagrangian_reward,
+    normalize_rewards,
+    weighted_sum,
+    worst_of,
+)
 from rlhf_jax.functional.reward_losses import (
     best_of_k_loss,
     bradley_terry_loss,
@@ -59,6 +71,7 @@ from rlhf_jax.functional.reward_losses import (
     step_reward_loss,
 )
 from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos, subtract_overlong
+from rlhf_jax.generation.best_of_n import best_of_n
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
 from rlhf_jax.models.heads import (
@@ -100,7 +113,13 @@ from rlhf_jax.training.choices import (
     make_pair_experience_fn,
     ranked_pairs,
 )
-from rlhf_jax.training.ensembles import average_members, init_ensemble, make_ensemble_step, member_indices
+from rlhf_jax.training.ensembles import (
+    average_members,
+    init_ensemble,
+    make_ensemble_score_fn,
+    make_ensemble_step,
+    member_indices,
+)
 from rlhf_jax.training.evaluate import evaluate, win_rate
 from rlhf_jax.training.groups import (
     make_policy_experience_fn,
@@ -119,6 +138,7 @@ from rlhf_jax.training.ppo import (
     make_ppo_iteration,
     make_ppo_update,
 )
+from rlhf_jax.training.reward_functions import RewardError, RewardFn, Scored, learn_from, score_completions
 from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import init_train_state, make_train_step, update_epochs
 from rlhf_jax.types import (
@@ -150,6 +170,9 @@ __all__ = [
     "PreferenceBatch",
     "PromptBatch",
     "RankingBatch",
+    "RewardError",
+    "RewardFn",
+    "Scored",
     "SequenceBatch",
     "StepBatch",
     "TrainState",
@@ -160,25 +183,35 @@ __all__ = [
     "against_reference",
     "attribute_regression",
     "average_members",
+    "batch_relative",
     "best_and_worst",
     "best_of_group",
     "best_of_k_loss",
+    "best_of_n",
+    "best_of_n_kl",
+    "best_of_n_logprobs",
+    "best_of_n_mean",
+    "best_of_n_weights",
     "bradley_terry_loss",
     "causal_model",
     "check_scores",
     "cispo_loss",
     "clipped_policy_loss",
+    "clipped_sequence_loss",
     "clipped_value_loss",
     "combine_attributes",
     "constant_length_mean",
     "cpo_loss",
     "critic_from_trunk",
     "dpo_loss",
+    "dual_ascent",
     "ensemble_mean",
     "ensemble_scores",
     "entropy",
     "evaluate",
+    "exact_kl",
     "expected_calibration_error",
+    "fill_missing",
     "first_choice_loss",
     "fit_log_length",
     "fit_temperature",
@@ -201,10 +234,13 @@ __all__ = [
     "kto_loss",
     "labelled_preference",
     "labelled_rows",
+    "lagrangian_reward",
+    "learn_from",
     "leave_one_out",
     "logical_axes",
     "make_batch_update",
     "make_best_of_experience_fn",
+    "make_ensemble_score_fn",
     "make_ensemble_step",
     "make_experience_fn",
     "make_mesh",
@@ -222,6 +258,7 @@ __all__ = [
     "member_indices",
     "named_shardings",
     "normalize_members",
+    "normalize_rewards",
     "normalize_scores",
     "of_policy",
     "ordered_pairs",
@@ -244,6 +281,7 @@ __all__ = [
     "rewards_to_go",
     "robust_dpo_loss",
     "sample_until_full",
+    "score_completions",
     "separate_critic",
     "sequence_attributes",
     "sequence_logprobs",
@@ -257,6 +295,7 @@ __all__ = [
     "shift_right",
     "signed_cost_loss",
     "simpo_loss",
+    "standardize",
     "step_reward_loss",
     "subtract_missing_eos",
     "subtract_overlong",
@@ -267,9 +306,11 @@ __all__ = [
     "uncached_model",
     "uncertainty_weighted",
     "update_epochs",
+    "weighted_sum",
     "win_rate",
     "with_greedy",
     "with_overlong_penalty",
     "worst_case",
+    "worst_of",
     "zero_spread",
 ]

@@ -5,8 +5,13 @@ and a second one the split over two micro-batches on two devices.
 """
 
 import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +19,25 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import tyro
 
 from rlhf_jax.functional import (
+    against_reference,
+    batch_relative,
     cispo_loss,
     clipped_policy_loss,
+    clipped_sequence_loss,
+    clipped_value_loss,
     constant_length_mean,
     cpo_loss,
     dpo_loss,
+    first_choice_loss,
     gae,
     group_relative,
     gspo_loss,
     ipo_loss,
     k1,
+    k2,
     k3_straight_through,
     kto_loss,
     leave_one_out,
@@ -33,7 +45,9 @@ from rlhf_jax.functional import (
     mean_against_reference,
     mean_per_token,
     orpo_loss,
+    pairwise_ranking_loss,
     plackett_luce_loss,
+    regression_loss,
     reinforce_loss,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
@@ -42,18 +56,23 @@ from rlhf_jax.functional import (
     sequence_mean,
     shape_rewards,
     simpo_loss,
+    step_reward_loss,
     sums_and_nll,
     token_mean,
 )
-from rlhf_jax.models.heads import init_value_head
+from rlhf_jax.models.heads import init_attribute_head, init_value_head
 from rlhf_jax.objectives import (
+    AttributeBatch,
     PolicyBatch,
+    StepBatch,
     actor_critic,
+    attribute_regression,
     labelled_preference,
     of_policy,
     pair_token_logprobs,
     policy_gradient,
     preference,
+    process_reward,
     reward_model,
     sequence_token_logprobs,
     sft,
@@ -115,6 +134,20 @@ def rankings():
     return RankingBatch(*(jnp.asarray(x) for x in (tokens[take], segments[take], completions[take], ranks, mask)))
 
 
+def attributes():
+    """Three ratings of each row, of which people gave some."""
+    rng = np.random.default_rng(6)
+    given = (rng.random((B, 3)) < 0.6) | (np.arange(3) == 0)
+    return AttributeBatch(TOKENS, SEGMENTS, jnp.asarray(rng.normal(size=(B, 3)).astype(np.float32)), jnp.asarray(given))
+
+
+def steps():
+    """Some tokens of every completion end a step."""
+    rng = np.random.default_rng(7)
+    ends = np.asarray(MASK) & (rng.random((B, T)) < 0.6)
+    return StepBatch(TOKENS, SEGMENTS, jnp.asarray(rng.random((B, T)).astype(np.float32)), jnp.asarray(ends))
+
+
 def arrays(batch):
     return jax.tree.map(jnp.asarray, batch)
 
@@ -128,95 +161,204 @@ ONLINE = jax.tree.map(lambda x: jnp.tile(x, (2,) + (1,) * (x.ndim - 1)), best_an
 ONLINE = with_reference(ONLINE.replace(mask=jnp.arange(8) != 2))  # a tie
 
 
+class Shown(NamedTuple):
+    """What README's table says of a method: the very functions of its row, where it was published, and what runs it."""
+
+    objective: Callable
+    signal: tuple[Callable, ...]
+    losses: tuple[Callable, ...]
+    paper: str
+    script: str = ""
+    kl_in_reward: bool = False
+
+
 class Case(NamedTuple):
     """A row of the table."""
 
     objective: Any
     batch: Any
     params: Any
+    shown: Shown
     num_micro_batches: int = 2
     on_policy: Any = None
     """For losses that are the policy gradient at ratio 1: the aggregation."""
 
 
-def group(loss_fn, aggregate=sequence_mean, advantages_fn=None, kl_coef=0.0, mask=UNEVEN, **options):
-    advantages_fn = advantages_fn or per_completion(group_relative, group_size=G)
-    objective = policy_gradient(MODEL, loss_fn, aggregate=aggregate, **options)
-    return Case(objective, experience(advantages_fn, kl_coef, mask), {"policy": POLICY}, on_policy=aggregate)
+def rewards_of(paper, build, loss_fn, batch, params, script="", **options):
+    return Case(build(MODEL, **options), batch, params, Shown(build, (), (loss_fn,), paper, script))
 
 
-def direct(loss_fn, beta, batch=PAIRS, **options):
-    return Case(preference(MODEL, loss_fn, beta=beta, **options), batch, POLICY)
+def critic(paper, script, demonstrations=(), **options):
+    objective = actor_critic(MODEL, shared_critic, **options)
+    losses = (partial(clipped_policy_loss, **{k: v for k, v in options.items() if "clip" in k}), clipped_value_loss)
+    shown = Shown(actor_critic, (gae,), losses, paper, script, kl_in_reward=True)
+    return Case(objective, PolicyBatch(ppo_experience(), *demonstrations), CRITIC, shown)
+
+
+@functools.cache
+def objective_of(loss_fn, aggregate, **options):
+    """One for all rows that differ in their advantages alone, so that they are compiled once."""
+    return policy_gradient(MODEL, loss_fn, aggregate=aggregate, **options)
+
+
+def group(
+    paper,
+    script,
+    loss_fn,
+    aggregate=sequence_mean,
+    signal=group_relative,
+    kl_in_reward=0.0,
+    mask=UNEVEN,
+    demonstrations=(),
+    **options,
+):
+    """`signal` is a function of completions' scores, or of tokens' rewards: its first argument says which."""
+    arguments = list(inspect.signature(signal).parameters)
+    signal = partial(signal, group_size=G) if "group_size" in arguments else signal
+    advantages_fn = per_completion(signal) if arguments[0] in ("scores", "advantages") else signal
+    batch = PolicyBatch(experience(advantages_fn, kl_in_reward, mask).experience, *demonstrations)
+    losses = (loss_fn, aggregate, *([options["kl_fn"]] if "kl_fn" in options else []))
+    shown = Shown(policy_gradient, (signal,), losses, paper, script and f"grpo.py --grpo.{script}", kl_in_reward > 0)
+    objective = objective_of(loss_fn, aggregate, **options)
+    return Case(objective, batch, {"policy": POLICY}, shown, on_policy=aggregate)
+
+
+def direct(paper, script, loss_fn, beta, inputs_fn=against_reference, **options):
+    shown = Shown(preference, (inputs_fn,), (loss_fn,), paper, f"dpo.py --dpo.{script}")
+    return Case(preference(MODEL, loss_fn, beta=beta, inputs_fn=inputs_fn, **options), PAIRS, POLICY, shown)
+
+
+def minus_greedy(rewards, mask):
+    return jnp.where(mask, rewards_to_go(rewards, mask) - 0.3, 0.0)
 
 
 CRITIC = {"policy": POLICY, "critic": {"head": init_value_head(tiny.CONFIG.model_dim)}}
-SUM = partial(constant_length_mean, length=1)
+REWARD = tiny.init_frozen().reward_params
+ATTRIBUTES = {**REWARD, "head": init_attribute_head(jax.random.key(4), tiny.CONFIG.model_dim, 3)}
+PTX = (DEMONSTRATIONS, jnp.full((B,), 0.3))
+SUM, LENGTH = partial(constant_length_mean, length=1), 5
 CASES = {
-    "sft": Case(sft(MODEL), DEMONSTRATIONS, POLICY),
-    "reward model": Case(reward_model(MODEL, centering_coef=0.01), rankings(), tiny.init_frozen().reward_params),
-    "reward model, Plackett-Luce": Case(
-        reward_model(MODEL, ranking_loss=plackett_luce_loss), rankings(), tiny.init_frozen().reward_params
+    "SFT": rewards_of("Ouyang et al. 2022", sft, sft, DEMONSTRATIONS, POLICY, "sft.py"),
+    "reward model, all pairs": rewards_of(
+        "Ouyang et al. 2022",
+        reward_model,
+        pairwise_ranking_loss,
+        rankings(),
+        REWARD,
+        "reward_model.py",
+        centering_coef=0.01,
     ),
-    "PPO": Case(actor_critic(MODEL, shared_critic, dual_clip=3.0), PolicyBatch(ppo_experience()), CRITIC),
-    "PPO-ptx": Case(
-        actor_critic(MODEL, shared_critic),
-        PolicyBatch(ppo_experience(), DEMONSTRATIONS, jnp.full((B,), 0.3)),
-        CRITIC,
+    "reward model, first choice": rewards_of(
+        "Ziegler et al. 2019",
+        reward_model,
+        first_choice_loss,
+        rankings(),
+        REWARD,
+        "reward_model.py --reward.ranking-loss first_choice",
+        ranking_loss=first_choice_loss,
     ),
-    "GRPO": group(clipped_policy_loss),
-    "GRPO, KL in the loss": group(clipped_policy_loss)._replace(
-        objective=policy_gradient(
-            MODEL,
-            clipped_policy_loss,
-            aggregate=sequence_mean,
-            kl_coef=0.2,
-            kl_fn=k3_straight_through,
-        )
+    "reward model, Plackett-Luce": rewards_of(
+        "Plackett 1975",
+        reward_model,
+        plackett_luce_loss,
+        rankings(),
+        REWARD,
+        "reward_model.py --reward.ranking-loss plackett_luce",
+        ranking_loss=plackett_luce_loss,
     ),
+    "reward model, attributes": rewards_of(
+        "Wang et al. 2023", attribute_regression, regression_loss, attributes(), ATTRIBUTES
+    ),
+    "process rewards": rewards_of("Lightman et al. 2023", process_reward, step_reward_loss, steps(), REWARD),
+    "PPO": critic("Schulman et al. 2017", "ppo.py"),
+    "PPO, dual clip, entropy bonus": critic("Ye et al. 2020", "", dual_clip=3.0, entropy_coef=0.01),
+    "PPO-ptx": critic("Ouyang et al. 2022", "ppo.py --ppo.ptx-coef 1", PTX),
+    "GRPO": group("Shao et al. 2024", "method grpo", clipped_policy_loss),
+    "GRPO, KL in the loss": group("Shao et al. 2024", "", clipped_policy_loss, kl_coef=0.2, kl_fn=k3_straight_through),
+    "GRPO-ptx": group("Ouyang et al. 2022", "ptx-coef 1", clipped_policy_loss, demonstrations=PTX),
     "Dr. GRPO": group(
+        "Liu et al. 2025",
+        "method dr_grpo",
         clipped_policy_loss,
-        partial(constant_length_mean, length=5),
-        per_completion(group_relative, group_size=G, scale=False),
+        partial(constant_length_mean, length=LENGTH),
+        partial(group_relative, scale=False),
     ),
+    "Lite PPO": group("Liu et al. 2025", "method lite_ppo", clipped_policy_loss, token_mean, batch_relative),
     "DAPO": group(  # the second group has no spread and is masked
-        partial(clipped_policy_loss, clip_high=0.28), token_mean, mask=MASK & (jnp.arange(B) < G)[:, None]
+        "Yu et al. 2025",
+        "method dapo",
+        partial(clipped_policy_loss, clip_high=0.28),
+        token_mean,
+        mask=MASK & (jnp.arange(B) < G)[:, None],
     ),
-    "GSPO": group(gspo_loss),
-    "GSPO-token": group(gspo_loss, advantages_fn=rewards_to_go),
-    "CISPO": group(cispo_loss, token_mean),
-    "RLOO": group(reinforce_loss, SUM, per_completion(leave_one_out, group_size=G), kl_coef=0.1),
-    "REINFORCE++": group(clipped_policy_loss, token_mean, reinforce_plus_plus, kl_coef=0.1),
-    "REINFORCE++-baseline": group(clipped_policy_loss, token_mean, partial(reinforce_plus_plus_baseline, group_size=G)),
-    "ReMax": group(
-        reinforce_loss, SUM, lambda rewards, mask: jnp.where(mask, rewards_to_go(rewards, mask) - 0.3, 0.0), kl_coef=0.1
+    "GSPO": group("Zheng et al. 2025", "method gspo", gspo_loss),
+    "GSPO-token": group("Zheng et al. 2025", "", gspo_loss, signal=rewards_to_go),
+    "CISPO": group("MiniMax 2025", "method cispo", cispo_loss, token_mean),
+    "RLOO": group("Ahmadian et al. 2024", "method rloo", reinforce_loss, SUM, leave_one_out, kl_in_reward=0.1),
+    "RLOO, clipped by the completion": group(
+        "Ahmadian et al. 2024", "method rloo_sequence", clipped_sequence_loss, SUM, leave_one_out, kl_in_reward=0.1
     ),
+    "REINFORCE++": group(
+        "Hu 2025",
+        "method reinforce_plus_plus",
+        clipped_policy_loss,
+        token_mean,
+        reinforce_plus_plus,
+        kl_in_reward=0.1,
+    ),
+    "REINFORCE++-baseline": group(
+        "Hu 2025",
+        "method reinforce_plus_plus_baseline",
+        clipped_policy_loss,
+        token_mean,
+        reinforce_plus_plus_baseline,
+        kl_coef=0.2,
+        kl_fn=k2,
+    ),
+    "ReMax": group("Li et al. 2023", "method remax", reinforce_loss, SUM, minus_greedy, kl_in_reward=0.1),
     "RAFT": Case(
         of_policy(sft(MODEL)),
         jax.tree.map(lambda x: jnp.concatenate([x, x]), best_of_group(GENERATION, SCORES, group_size=G)),
         {"policy": POLICY},
+        Shown(sft, (best_of_group,), (sft,), "Dong et al. 2023", "grpo.py --grpo.method raft"),
     ),
-    "online DPO": Case(of_policy(preference(MODEL, dpo_loss, beta=0.1)), ONLINE, {"policy": POLICY}),
-    "DPO": direct(dpo_loss, 0.1),
-    "DPO with a likelihood term": direct(dpo_loss, 0.1, nll_coef=1.0),
-    "cDPO": direct(partial(dpo_loss, label_smoothing=0.1), 0.1),
-    "robust DPO": direct(robust_dpo_loss, 0.1),
-    "IPO": direct(ipo_loss, 0.1),
-    "IPO, means": direct(ipo_loss, 0.1, inputs_fn=mean_against_reference),
-    "KTO": Case(labelled_preference(MODEL, kto_loss), LABELLED, POLICY, num_micro_batches=1),  # z is the batch's
-    "ORPO": direct(orpo_loss, 0.1, inputs_fn=mean_per_token),
-    "SimPO": direct(simpo_loss, 2.0, inputs_fn=mean_per_token),
-    "CPO": direct(cpo_loss, 0.1, inputs_fn=sums_and_nll),
+    "online DPO": Case(
+        of_policy(preference(MODEL, dpo_loss, beta=0.1)),
+        ONLINE,
+        {"policy": POLICY},
+        Shown(preference, (best_and_worst,), (dpo_loss,), "Guo et al. 2024", "grpo.py --grpo.method online_dpo"),
+    ),
+    "DPO": direct("Rafailov et al. 2023", "method dpo", dpo_loss, 0.1),
+    "DPO with a likelihood term": direct("Pang et al. 2024", "nll-coef 1", dpo_loss, 0.1, nll_coef=1.0),
+    "cDPO": direct("Mitchell 2023", "method cdpo", partial(dpo_loss, label_smoothing=0.1), 0.1),
+    "robust DPO": direct("Chowdhury et al. 2024", "method robust_dpo", robust_dpo_loss, 0.1),
+    "IPO": direct("Azar et al. 2023", "method ipo", ipo_loss, 0.1),
+    "IPO, means": direct("Azar et al. 2023", "method ipo_means", ipo_loss, 0.1, mean_against_reference),
+    "KTO": Case(
+        labelled_preference(MODEL, kto_loss),
+        LABELLED,
+        POLICY,
+        Shown(
+            labelled_preference, (against_reference,), (kto_loss,), "Ethayarajh et al. 2024", "dpo.py --dpo.method kto"
+        ),
+        num_micro_batches=1,  # z is the batch's
+    ),
+    "ORPO": direct("Hong et al. 2024", "method orpo", orpo_loss, 0.1, mean_per_token),
+    "SimPO": direct("Meng et al. 2024", "method simpo", simpo_loss, 2.0, mean_per_token),
+    "CPO": direct("Xu et al. 2024", "method cpo", cpo_loss, 0.1, sums_and_nll),
 }
 every_method = pytest.mark.parametrize("name", CASES)
 RL = [name for name, case in CASES.items() if isinstance(case.batch, PolicyBatch)]
 close = partial(np.testing.assert_allclose, rtol=2e-4, atol=3e-6)
 
 
-@functools.cache
 def compiled(name):
     """`(params, batch) -> ((total, (weight, metrics)), gradient of the total)`."""
-    objective = CASES[name].objective
+    return compiled_objective(CASES[name].objective)
 
+
+@functools.cache
+def compiled_objective(objective):
     def total_of(params, batch):
         total, weight, metrics = objective(params, batch)
         return total, (weight, metrics)
@@ -258,12 +400,14 @@ def garbage(part):
     """Real ids in the padding, and numbers where no token counts."""
     rng = np.random.default_rng(3)
     names = set(part.__dataclass_fields__)
-    mask = next(np.asarray(part.__dict__[m]) for m in ("mask", "loss_mask", "completion_mask") if _fits(part, m))
+    masks = [part.__dict__[m] for m in ("mask", "loss_mask", "completion_mask", "step_mask") if _fits(part, m)]
+    mask = np.asarray(masks[0] if masks else part.mask)  # or that of what is rated
     seen = np.asarray(part.segment_ids) > 0
     if isinstance(part, PreferenceBatch):  # a masked pair may be anything
         seen &= np.asarray(part.mask)[:, None, None]
     changed = {"tokens": np.where(seen, part.tokens, rng.integers(0, 3, part.tokens.shape))}
-    for name in names & {"old_logprobs", "advantages", "old_values", "returns", "ref_logprobs"}:
+    numbers = {"old_logprobs", "advantages", "old_values", "returns", "ref_logprobs", "labels", "targets"}
+    for name in names & numbers:
         if part.__dict__[name] is not None:
             changed[name] = np.where(mask, part.__dict__[name], rng.normal(size=mask.shape).astype(np.float32))
     return part.replace(**{name: jnp.asarray(x) for name, x in changed.items()})
@@ -294,12 +438,17 @@ def test_padding_and_what_is_masked_change_nothing(name, change):
     jax.tree.map(close, compiled(name)(case.params, changed), outcome(name))
 
 
+@functools.cache
+def compiled_step(objective, num_micro_batches):
+    return jax.jit(make_train_step(objective, optax.sgd(1.0), num_micro_batches=num_micro_batches))
+
+
 @every_method
 def test_micro_batches_and_devices_change_nothing(name):
     """Two of each at once, but for KTO, whose reference point is a statistic of the batch: one micro-batch there."""
     case, optimizer, mesh = CASES[name], optax.sgd(1.0), make_mesh()
     assert mesh.shape["data"] == 2
-    step = jax.jit(make_train_step(case.objective, optimizer, num_micro_batches=case.num_micro_batches))
+    step = compiled_step(case.objective, case.num_micro_batches)
     start = init_train_state(jax.device_put(case.params, replicated(mesh)), optimizer)
     state, metrics = step(start, shard_batch(case.batch, mesh))
     (total, (weight, _)), gradient = outcome(name)
@@ -356,6 +505,7 @@ def test_on_policy_every_loss_is_the_policy_gradient(name):
 
 WITH_REFERENCE = {
     "GRPO, KL in the loss",
+    "REINFORCE++-baseline",
     "online DPO",
     "DPO",
     "DPO with a likelihood term",
@@ -398,6 +548,66 @@ def test_a_few_steps_improve(name):
         assert float(total / weight) < float(outcome(name)[0][0] / outcome(name)[0][1][0])
 
 
+def named(function):
+    """A function as README names it, without the numbers that are only this file's."""
+    if not isinstance(function, partial):
+        return {"minus_greedy": "make_remax_experience_fn"}.get(function.__name__, function.__name__)
+    given = {k: v for k, v in function.keywords.items() if (k, v) not in (("group_size", G), ("length", LENGTH))}
+    options = ", ".join(f"{k}={v}" for k, v in given.items())
+    return named(function.func) + (f"({options})" if options else "")
+
+
+def readme_table():
+    """The table in README, of the rows of this file."""
+    lines = ["| method | batch | signal | loss | objective | paper | `python experiments/` |", "|---|" + 6 * "---|"]
+    for name, case in CASES.items():
+        objective, signal, losses, paper, script, kl_in_reward = case.shown
+        batch = case.batch.experience if isinstance(case.batch, PolicyBatch) else case.batch
+        cells = [f"`{type(batch).__name__}`", ", ".join(f"`{named(x)}`" for x in signal)]
+        cells[1] += ", k1 in the reward" if kl_in_reward else ""
+        cells.append(", ".join(f"`{named(x)}`" for x in losses if x is not objective) or "likelihood")
+        if isinstance(case.batch, PolicyBatch) and case.batch.demonstrations is not None:
+            cells[2] += ", likelihood"
+        cells += [f"`{objective.__name__}`", paper, f"`{script}`" if script else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_readme_s_table_is_made_of_these_rows():
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
+    (found,) = re.findall(r"<!-- algorithms -->\n(.*?)<!-- /algorithms -->", text, flags=re.DOTALL)
+    assert found == readme_table(), f"README's table of algorithms is not that of CASES; paste this:\n{readme_table()}"
+
+
+@every_method
+def test_a_row_s_paper_is_that_of_its_functions(name):
+    objective, signal, losses, paper, _, _ = CASES[name].shown
+    functions = [getattr(x, "func", x) for x in (objective, *signal, *losses)]
+    assert any(paper in inspect.unwrap(function).__doc__ for function in functions if function.__doc__)
+
+
+def test_the_scripts_take_these_commands_and_know_no_other_method():
+    """And for the direct methods the script's functions are the row's."""
+    found = {"dpo.py": set(), "grpo.py": set()}
+    for case in CASES.values():
+        script, *arguments = case.shown.script.split() or [""]
+        if not script:
+            continue
+        module = importlib.import_module(script.removesuffix(".py"))
+        config = tyro.cli(module.Config, args=arguments)
+        if script in found:
+            found[script].add(config.dpo.method if script == "dpo.py" else config.grpo.method)
+        if script == "dpo.py":
+            loss_fn, options = module.METHODS[config.dpo.method]
+            inputs_fn = options.get("inputs_fn", against_reference)
+            assert (named(loss_fn), (inputs_fn,)) == (named(case.shown.losses[0]), case.shown.signal)
+    dpo, grpo = (importlib.import_module(name) for name in ("dpo", "grpo"))
+    assert found == {
+        "dpo.py": set(get_args(get_type_hints(dpo.DPOConfig)["method"])),
+        "grpo.py": set(get_args(get_type_hints(grpo.GRPOConfig)["method"])),
+    }
+
+
 def test_what_cannot_be_meant_is_refused():
     case = CASES["GRPO"]
     with pytest.raises(ValueError, match="k1 in a loss restrains nothing"):
@@ -405,8 +615,6 @@ def test_what_cannot_be_meant_is_refused():
     bare = PolicyBatch(case.batch.experience.replace(ref_logprobs=None))
     with pytest.raises(ValueError, match="the experience has no ref_logprobs"):
         CASES["GRPO, KL in the loss"].objective(case.params, bare)
-    with pytest.raises(ValueError, match="mixes in no demonstrations"):
-        case.objective(case.params, case.batch.replace(demonstrations=DEMONSTRATIONS))
     with pytest.raises(ValueError, match="the batch has no ref_logprobs"):
         CASES["DPO"].objective(POLICY, PAIRS.replace(ref_logprobs=None))
 
@@ -433,3 +641,7 @@ def test_metrics_of_preferences_have_their_usual_meaning():
     assert set(metrics) == set(expected)
     for key, value in expected.items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-4, err_msg=key)
+
+
+if __name__ == "__main__":
+    print(readme_table(), end="")

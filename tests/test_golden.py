@@ -1,10 +1,11 @@
 """Floor 1 against the numbers that TRL's own code gives for the same arrays (`golden/make_trl.py` made them).
 
 Every case of the JSON files is checked, its outputs and its gradients, to 1e-5 of the largest. Where the two libraries
-define a thing differently, the step between them stands in the check below as a line of its own, with the reason.
+define a thing differently, a named argument or function of ours says so below; `docs/coming_from_trl.md` lists them.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,10 +15,13 @@ import pytest
 
 from rlhf_jax.functional import (
     adaptive_kl_coef,
+    batch_relative,
     bradley_terry_loss,
     cispo_loss,
     clipped_policy_loss,
+    clipped_sequence_loss,
     clipped_value_loss,
+    constant_length_mean,
     cpo_loss,
     dpo_loss,
     entropy,
@@ -32,17 +36,19 @@ from rlhf_jax.functional import (
     kto_loss,
     leave_one_out,
     masked_mean,
-    masked_sum,
     masked_var,
     masked_whiten,
     mean_logprobs,
     orpo_loss,
     robust_dpo_loss,
     sequence_logprobs,
+    sequence_mean,
     shape_rewards,
     simpo_loss,
+    standardize,
     subtract_missing_eos,
     token_logprobs,
+    token_mean,
 )
 
 TOLERANCE = 1e-5
@@ -52,12 +58,7 @@ FILES = {release: json.loads((FOLDER / f"trl_{release}.json").read_text("utf-8")
 CASES = {f"{release}/{name}": case for release, file in FILES.items() for name, case in file["cases"].items()}
 
 
-def trl_whiten(x, mask, *, shift_mean):
-    """TRL multiplies the variance by n / (n - 1); `masked_whiten` keeps the population's."""
-    num, var = mask.sum(), masked_var(x, mask)
-    factor = jnp.sqrt((var + 1e-8) / (var * num / (num - 1) + 1e-8))
-    mean = 0.0 if shift_mean else masked_mean(x, mask)
-    return jnp.where(mask, (masked_whiten(x, mask, shift_mean=shift_mean) - mean) * factor + mean, 0.0)
+trl_whiten = partial(masked_whiten, unbiased=True)
 
 
 def halves(x):
@@ -140,7 +141,7 @@ def ppo(estimator, whiten_rewards):
         values = clipped_value_loss(x["new_values"], x["values"], returns, clip=clip)
         policy, value = masked_mean(policies, mask), masked_mean(values, value_mask)
         # TRL's approximate KL is a mean over all places, diluted by the zeros of the padding.
-        approxkl = masked_sum(k2(new, old), mask) / mask.size
+        approxkl = masked_mean(k2(new, old), jnp.ones_like(mask))
         outputs = {"scores": scores, "value_mask": value_mask, "kl": kl, "rewards": rewards, "returns": returns}
         outputs |= {"advantages": advantages, "policy": policy, "value": value, "approxkl": approxkl}
         return outputs | {"total": policy + vf_coef * value}
@@ -173,7 +174,7 @@ def kto(x, **options):
 
 def orpo(x, *, beta):
     # TRL's method returns the term of the odds alone, and with the sign that it is subtracted from the imitation.
-    return {"losses": -x["chosen"] - orpo_loss(x["chosen"], x["rejected"], beta=beta)}
+    return {"losses": -orpo_loss(x["chosen"], x["rejected"], beta=beta, nll_coef=0.0)}
 
 
 def cpo(x, *, beta, margin):
@@ -195,36 +196,36 @@ def group_losses(x, *, loss_type, beta, clip_low, clip_high, level, delta, num_i
     else:
         losses = clipped_policy_loss(*arrays, **clips, dual_clip=delta)
     losses += beta * k3(x["logprobs"], x["ref_logprobs"])
-    loss = {
-        "grpo": lambda: masked_mean(losses, mask, axis=1).mean(),
-        "bnpo": lambda: masked_mean(losses, mask),
-        "dr_grpo": lambda: masked_sum(losses, mask) / (len(mask) * max_length),
-        "luspo": lambda: masked_sum(losses, mask, axis=1).mean(),
-    }.get(loss_type, lambda: masked_sum(losses, mask) / num_items)()  # of the whole batch, whatever the micro-batches
-    return {"loss": loss}
+    aggregate = {
+        "grpo": sequence_mean,
+        "dr_grpo": partial(constant_length_mean, length=max_length),
+        "luspo": partial(constant_length_mean, length=1),
+    }.get(loss_type, token_mean)
+    total, weight = aggregate(losses, mask)
+    # The weight is the whole batch's, whatever the micro-batches; this case is one of two halves.
+    return {"loss": total / (num_items if accumulation > 1 else weight)}
 
 
 def group_advantages(x, *, group_size, scale):
-    if scale != "batch":
-        return {"advantages": group_relative(x["scores"], group_size=group_size, scale=scale == "group")}
-    # One standard deviation for all groups, of the scores themselves (Bessel's).
-    centred = group_relative(x["scores"], group_size=group_size, scale=False)
-    return {"advantages": centred / (x["scores"].std(ddof=1) + 1e-4)}
+    unscaled = partial(group_relative, scale=False)
+    advantages_fn = {"group": group_relative, "batch": batch_relative, "none": unscaled}[scale]
+    return {"advantages": advantages_fn(x["scores"], group_size=group_size)}
 
 
 def rloo_advantages(x, *, group_size, kl_coef, normalize):
     kl = sequence_logprobs(k1(x["old_logprobs"], x["ref_logprobs"]), x["mask"])
     advantages = leave_one_out(x["scores"] - kl_coef * kl, group_size=group_size)
-    if normalize:  # over completions, not over tokens as `masked_whiten` would
-        advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-4)
-    return {"advantages": advantages}
+    return {"advantages": standardize(advantages) if normalize else advantages}
 
 
 def rloo_loss(x, *, clip):
-    """The ratio of whole completions: each is one token of a row of length 1."""
-    logprobs, old_logprobs = (sequence_logprobs(x[k], x["mask"])[:, None] for k in ("logprobs", "old_logprobs"))
-    losses = clipped_policy_loss(logprobs, old_logprobs, x["advantages"][:, None], clip_low=clip, clip_high=clip)
-    return {"loss": losses.mean()}
+    """The ratio of whole completions."""
+    advantages = jnp.broadcast_to(x["advantages"][:, None], x["mask"].shape)
+    arrays = (x["logprobs"], x["old_logprobs"], advantages, x["mask"])
+    total, weight = constant_length_mean(
+        clipped_sequence_loss(*arrays, clip_low=clip, clip_high=clip), x["mask"], length=1
+    )
+    return {"loss": total / weight}
 
 
 def from_tokens(loss_fn, of_sequence):
@@ -269,7 +270,7 @@ def orpo_from_logits(x, *, beta, margin):
     # the completion. Position 0 has no prediction.
     predicted = jnp.broadcast_to(jnp.arange(x["mask"].shape[1]) == 1, x["mask"].shape) | x["mask"]
     nll = masked_mean(*(halves(y)[0] for y in (-logprobs, predicted)))
-    odds = orpo_loss(chosen, rejected, beta=beta) + chosen
+    odds = orpo_loss(chosen, rejected, beta=beta, nll_coef=0.0)
     return {"loss": odds.mean() + nll, "nll": nll}
 
 

@@ -17,14 +17,17 @@ CONFIG = TransformerConfig(
 MODEL = transformer.causal_model(CONFIG)
 
 
+@jax.jit  # compiled as one: an operation of its own costs some 40 ms
 def init_params(seed: int = 0):
     return transformer.init(jax.random.key(seed), CONFIG)
 
 
+@jax.jit
 def init_critic(seed: int = 1):
     return {"trunk": init_params(seed), "head": init_value_head(CONFIG.model_dim)}
 
 
+@jax.jit
 def init_frozen(seed: int = 0) -> Frozen:
     return Frozen(
         ref_params=init_params(seed),

@@ -5,15 +5,18 @@ to. None knows of a model, a device or a config.
 """
 
 from rlhf_jax.functional.advantages import (
+    batch_relative,
     gae,
     group_relative,
     leave_one_out,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     rewards_to_go,
+    standardize,
     zero_spread,
 )
 from rlhf_jax.functional.aggregation import constant_length_mean, sequence_mean, token_mean
+from rlhf_jax.functional.best_of_n import best_of_n_kl, best_of_n_logprobs, best_of_n_mean, best_of_n_weights
 from rlhf_jax.functional.calibration import (
     expected_calibration_error,
     fit_log_length,
@@ -21,7 +24,7 @@ from rlhf_jax.functional.calibration import (
     remove_length,
 )
 from rlhf_jax.functional.ensembles import ensemble_mean, normalize_members, uncertainty_weighted, worst_case
-from rlhf_jax.functional.kl import adaptive_kl_coef, k1, k2, k3, k3_straight_through
+from rlhf_jax.functional.kl import adaptive_kl_coef, exact_kl, k1, k2, k3, k3_straight_through
 from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
 from rlhf_jax.functional.masking import (
     last_true_index,
@@ -35,6 +38,7 @@ from rlhf_jax.functional.masking import (
 from rlhf_jax.functional.policy_losses import (
     cispo_loss,
     clipped_policy_loss,
+    clipped_sequence_loss,
     clipped_value_loss,
     gspo_loss,
     reinforce_loss,
@@ -54,6 +58,14 @@ from rlhf_jax.functional.preference_losses import (
     orpo_loss,
     robust_dpo_loss,
     simpo_loss,
+)
+from rlhf_jax.functional.reward_combinations import (
+    dual_ascent,
+    fill_missing,
+    lagrangian_reward,
+    normalize_rewards,
+    weighted_sum,
+    worst_of,
 )
 from rlhf_jax.functional.reward_losses import (
     best_of_k_loss,
@@ -77,17 +89,26 @@ from rlhf_jax.functional.rewards import (
 __all__ = [
     "adaptive_kl_coef",
     "against_reference",
+    "batch_relative",
     "best_of_k_loss",
+    "best_of_n_kl",
+    "best_of_n_logprobs",
+    "best_of_n_mean",
+    "best_of_n_weights",
     "bradley_terry_loss",
     "cispo_loss",
     "clipped_policy_loss",
+    "clipped_sequence_loss",
     "clipped_value_loss",
     "constant_length_mean",
     "cpo_loss",
     "dpo_loss",
+    "dual_ascent",
     "ensemble_mean",
     "entropy",
+    "exact_kl",
     "expected_calibration_error",
+    "fill_missing",
     "first_choice_loss",
     "fit_log_length",
     "fit_temperature",
@@ -101,6 +122,7 @@ __all__ = [
     "k3_straight_through",
     "kto_baseline",
     "kto_loss",
+    "lagrangian_reward",
     "last_true_index",
     "leave_one_out",
     "masked_mean",
@@ -111,6 +133,7 @@ __all__ = [
     "mean_logprobs",
     "mean_per_token",
     "normalize_members",
+    "normalize_rewards",
     "normalize_scores",
     "ordered_pairs",
     "orpo_loss",
@@ -131,6 +154,7 @@ __all__ = [
     "shift_right",
     "signed_cost_loss",
     "simpo_loss",
+    "standardize",
     "step_reward_loss",
     "subtract_missing_eos",
     "subtract_overlong",
@@ -138,6 +162,8 @@ __all__ = [
     "token_logprobs",
     "token_mean",
     "uncertainty_weighted",
+    "weighted_sum",
     "worst_case",
+    "worst_of",
     "zero_spread",
 ]

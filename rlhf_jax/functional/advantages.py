@@ -221,6 +221,61 @@ def leave_one_out(scores: Float[Array, "B"], *, group_size: int) -> Float[Array,
     return (groups - others).reshape(scores.shape)
 
 
+def batch_relative(scores: Float[Array, "B"], *, group_size: int, eps: ScalarLike = 1e-4) -> Float[Array, "B"]:
+    """Scores minus their group's mean, over the standard deviation of the whole batch's scores (Liu et al. 2025, Lite PPO).
+
+        A_i = (s_i - mean_G) / (std_B + eps)        std with Bessel's correction, over all B scores as they are
+
+    TRL's `scale_rewards="batch"`. A group of nearly equal scores keeps its small weight, where `group_relative` blows it up.
+    `reinforce_plus_plus_baseline` divides by the spread of the centred scores over tokens instead. The statistic is the
+    whole batch's: compute advantages before it is split.
+
+    Args:
+      scores: `[B]`, grouped as in `group_relative`.
+      group_size: G >= 2, a divisor of B.
+      eps: > 0; 1e-4 in TRL.
+
+    Returns:
+      float32 `[B]`; each group sums to 0.
+
+    Raises:
+      ValueError: B is not a multiple of `group_size`, `group_size` is below 2, or `eps` is not positive.
+    """
+    check_positive(eps=eps)
+    centred = group_relative(scores, group_size=group_size, scale=False)
+    return centred / (_spread(scores) + eps)
+
+
+def standardize(advantages: Float[Array, "B"], *, eps: ScalarLike = 1e-4) -> Float[Array, "B"]:
+    """Advantages of completions with mean 0 and standard deviation 1 over the batch.
+
+        (A - mean) / (std + eps)        std with Bessel's correction
+
+    RLOO with TRL's `normalize_advantages` is `standardize(leave_one_out(...))`. Every completion counts the same;
+    `masked_whiten` over tokens counts long ones more. The statistics are the whole batch's: use it before it is split.
+
+    Args:
+      advantages: `[B]`, one a completion.
+      eps: > 0; 1e-4 in TRL.
+
+    Returns:
+      float32 `[B]`; 0 where all are equal.
+
+    Raises:
+      ValueError: `eps` is not positive.
+    """
+    chex.assert_rank(advantages, 1)
+    check_positive(eps=eps)
+    centred = advantages.astype(jnp.float32) - advantages.astype(jnp.float32).mean()
+    return centred / (_spread(advantages) + eps)
+
+
+def _spread(x):
+    """Standard deviation with Bessel's correction, whose slope is 0 where all are equal."""
+    variance = jnp.square(x.astype(jnp.float32) - x.astype(jnp.float32).mean()).sum() / max(x.shape[0] - 1, 1)
+    return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+
+
 def _groups(scores, group_size):
     """`[B / G, G]`, float32."""
     chex.assert_rank(scores, 1)

@@ -1,4 +1,4 @@
-"""Estimators of KL(π‖ref) from samples of π, and the controller of the leash's coefficient.
+"""KL(π‖ref), exact and estimated from samples of π, and the controller of the leash's coefficient.
 
 Where an estimator may stand matters more than which one it is (y ~ π throughout):
 
@@ -26,6 +26,27 @@ from jaxtyping import Array, Float, ScalarLike
 from rlhf_jax.functional.checks import check_between, check_positive
 
 MAX_RELATIVE_ERROR = 0.2
+
+
+def exact_kl(logprobs: Float[Array, "*shape V"], ref_logprobs: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
+    """`KL(π‖ref) = Σ_v π(v) (log π(v) - log ref(v))`, the sum over all outcomes that the estimators below sample.
+
+    Of whole completions where they can be enumerated. Of one token, given what came before it, everywhere: summed over the
+    tokens of samples of π its mean is the KL of completions, as k1's is, without the noise of which token was drawn next
+    (Rao-Blackwell, token by token).
+
+    Args:
+      logprobs: log-probabilities of all V outcomes under π; -inf is an impossible outcome and adds nothing.
+      ref_logprobs: of the same outcomes under the reference; -inf where π is possible gives inf.
+
+    Returns:
+      Nats, float32, without the last axis; never negative but for rounding.
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs])
+    logprobs, ref_logprobs = logprobs.astype(jnp.float32), ref_logprobs.astype(jnp.float32)
+    possible = logprobs > -jnp.inf
+    ratios = jnp.where(possible, logprobs, 0.0) - jnp.where(possible, ref_logprobs, 0.0)
+    return jnp.sum(jnp.exp(logprobs) * ratios, axis=-1)
 
 
 def k1(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -64,43 +64,47 @@ def masked_mean(
     return masked_sum(x, mask, axis) / jnp.maximum(mask.sum(axis=axis), 1).astype(jnp.float32)
 
 
-def masked_var(x: Shaped[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
-    """Population variance of all kept entries, `Σ m (x - mean)² / max(Σ m, 1)`, without Bessel's correction.
+def masked_var(x: Shaped[Array, "*shape"], mask: Bool[Array, "*shape"], *, unbiased: bool = False) -> Float[Array, ""]:
+    """Variance of all kept entries, `Σ m (x - mean)² / max(Σ m, 1)`, the population's unless told otherwise.
 
-    lm-human-preferences whitens by this variance (`core.py`); TRL multiplies it by n/(n-1).
+    lm-human-preferences whitens by this variance (`core.py`); TRL by the unbiased one, n/(n-1) times as large.
 
     Args:
       x: any shape and real dtype.
       mask: same shape as `x`.
+      unbiased: divide by n - 1 (Bessel's correction) in place of n.
 
     Returns:
-      float32 scalar; 0 when nothing is kept.
+      float32 scalar; 0 when nothing is kept, or, with `unbiased`, a single entry.
     """
     centred = jnp.where(mask, x.astype(jnp.float32), 0.0) - masked_mean(x, mask)
-    return masked_mean(jnp.square(centred), mask)
+    if not unbiased:
+        return masked_mean(jnp.square(centred), mask)
+    return masked_sum(jnp.square(centred), mask) / jnp.maximum(mask.sum() - 1, 1).astype(jnp.float32)
 
 
 def masked_whiten(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *, shift_mean: bool = True, unbiased: bool = False
 ) -> Float[Array, "*shape"]:
     """Rescale the kept entries to unit variance and, unless told otherwise, to mean 0.
 
         (x - mean) · rsqrt(var + 1e-8)  [+ mean]      inside the mask, 0 outside
 
-    One mean and one population variance over all kept entries (lm-human-preferences `core.py: whiten`).
+    One mean and one variance over all kept entries (lm-human-preferences `core.py: whiten`).
 
     Args:
       x: any shape.
       mask: same shape as `x`.
       shift_mean: True for advantages; False, which adds the mean back, for rewards (Ziegler et al. 2019),
         whose sign carries meaning.
+      unbiased: as in `masked_var`: False in lm-human-preferences, True in TRL.
 
     Returns:
       float32, same shape. Kept entries that are all equal become 0 (or the mean), to rounding.
     """
     kept = jnp.where(mask, x.astype(jnp.float32), 0.0)
     mean = masked_mean(x, mask)
-    whitened = (kept - mean) * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
+    whitened = (kept - mean) * jax.lax.rsqrt(masked_var(x, mask, unbiased=unbiased) + 1e-8)
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 

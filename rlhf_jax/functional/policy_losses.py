@@ -108,6 +108,45 @@ def gspo_loss(
     return jnp.where(mask, _surrogate(log_ratio, advantages, clip_low, clip_high), 0.0)
 
 
+def clipped_sequence_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_low: ScalarLike = 0.2,
+    clip_high: ScalarLike = 0.2,
+) -> Float[Array, "B T"]:
+    """PPO's clipped surrogate with a whole completion as the action (Ahmadian et al. 2024; RLOO in TRL).
+
+        ρ = exp( Σ_t log(π/π_old) ),    loss = max(-A ρ, -A clip(ρ, 1 - clip_low, 1 + clip_high))
+
+    one number a completion, of which each of its n tokens holds the n-th part: `constant_length_mean(length=1)` is its mean
+    over completions. ρ is the product of the tokens' ratios, where `gspo_loss` takes their geometric mean; long completions
+    leave the clip's range soon. At π = π_old its gradient is that of `reinforce_loss`.
+
+    Args:
+      logprobs: `[B, T]` under the policy in training.
+      old_logprobs: `[B, T]` under the policy that sampled, data.
+      advantages: `[B, T]`, data; a completion's is the mean over its tokens.
+      mask: `[B, T]`, True on completion tokens.
+      clip_low: how far ρ may fall below 1, in [0, 1]; 0.2 in TRL.
+      clip_high: how far ρ may rise above 1, >= 0; 0.2 in TRL.
+
+    Returns:
+      float32 `[B, T]`, 0 outside the mask.
+
+    Raises:
+      ValueError: a Python number is out of its range.
+    """
+    check_between(0.0, 1.0, clip_low=clip_low)
+    check_between(0.0, math.inf, clip_high=clip_high)
+    logprobs, old_logprobs, advantages = _kept(mask, logprobs, old_logprobs, advantages)
+    log_ratio = (logprobs - old_logprobs).sum(axis=1)
+    losses = _surrogate(log_ratio, masked_mean(advantages, mask, axis=1), clip_low, clip_high)
+    return jnp.where(mask, (losses / jnp.maximum(mask.sum(axis=1), 1))[:, None], 0.0)
+
+
 def cispo_loss(
     logprobs: Float[Array, "B T"],
     old_logprobs: Float[Array, "B T"],

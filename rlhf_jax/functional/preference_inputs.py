@@ -36,6 +36,8 @@ def mean_against_reference(
 ) -> tuple[Float[Array, "B"], ...]:
     """Means per token: for `ipo_loss` in the normalisation that TRL uses, where `beta` means another strength.
 
+    With `dpo_loss` it is length-normalised DPO (TRL's `sigmoid_norm`).
+
     Args:
       logprobs: `[B, 2, T]` under the policy.
       ref_logprobs: `[B, 2, T]` under the reference, data.

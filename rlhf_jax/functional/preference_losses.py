@@ -186,16 +186,22 @@ def kto_baseline(
 
 
 def orpo_loss(
-    chosen_logprobs: Float[Array, "B"], rejected_logprobs: Float[Array, "B"], *, beta: ScalarLike = 0.1
+    chosen_logprobs: Float[Array, "B"],
+    rejected_logprobs: Float[Array, "B"],
+    *,
+    beta: ScalarLike = 0.1,
+    nll_coef: ScalarLike = 1.0,
 ) -> Float[Array, "B"]:
     """Odds-ratio preference optimisation: imitation and preference in one, no reference (Hong et al. 2024, eq. 6-7).
 
-        loss = -log p_c - β log σ(log odds(p_c) - log odds(p_r)),    odds(p) = p / (1 - p)
+        loss = -nll_coef log p_c - β log σ(log odds(p_c) - log odds(p_r)),    odds(p) = p / (1 - p)
 
     Args:
       chosen_logprobs: `[B]` log p_c, means per token (`mean_logprobs`), below 0; with sums p would vanish.
       rejected_logprobs: `[B]` log p_r, likewise.
       beta: >= 0, the paper's λ; 0.1 in Hong et al. 2024. 0 is imitation of the chosen.
+      nll_coef: >= 0; 1 there. 0 leaves the term of the odds, for an imitation term of another definition: TRL's is the
+        mean over all tokens of the chosen rows, the prompt's too.
 
     Returns:
       Nats per token, float32 `[B]`.
@@ -204,9 +210,9 @@ def orpo_loss(
       ValueError: a Python number is out of its range.
     """
     chex.assert_equal_shape([chosen_logprobs, rejected_logprobs])
-    check_between(0.0, math.inf, beta=beta)
+    check_between(0.0, math.inf, beta=beta, nll_coef=nll_coef)
     chosen, rejected = (x.astype(jnp.float32) for x in (chosen_logprobs, rejected_logprobs))
-    return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
+    return -nll_coef * chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def simpo_loss(

@@ -71,6 +71,7 @@ def pairwise_ranking_loss(
     ranks: Int[Array, "B K"],
     mask: Bool[Array, "B K"],
     *,
+    margin: ScalarLike = 0.0,
     label_smoothing: ScalarLike = 0.0,
     centering_coef: ScalarLike = 0.0,
 ) -> Float[Array, "B"]:
@@ -85,6 +86,7 @@ def pairwise_ranking_loss(
       scores: `[B, K]`; whatever stands outside the mask is never read.
       ranks: `[B, K]`, 0 = best, equal = tie; only their order counts.
       mask: `[B, K]`, False for places that hold no response.
+      margin: as in `bradley_terry_loss`, one number for all pairs.
       label_smoothing: as in `bradley_terry_loss`.
       centering_coef: as in `bradley_terry_loss`, once per pair.
 
@@ -100,7 +102,7 @@ def pairwise_ranking_loss(
     _check_options(label_smoothing, centering_coef)
     scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
     in_order = ordered_pairs(ranks, mask)
-    losses = _comparison_loss(scores[:, :, None], scores[:, None, :], 0.0, label_smoothing, centering_coef)
+    losses = _comparison_loss(scores[:, :, None], scores[:, None, :], margin, label_smoothing, centering_coef)
     return masked_mean(losses, in_order, axis=(1, 2))
 
 

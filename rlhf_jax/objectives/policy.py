@@ -115,7 +115,8 @@ def policy_gradient(
     """A policy without a critic: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, ReMax, as the functions passed.
 
     `aggregate(loss + kl_coef * kl - entropy_coef * entropy)`, where `params` is `{"policy": ...}` and the batch a
-    `PolicyBatch`.
+    `PolicyBatch`; plus, as in `actor_critic`, the weighted negative log-likelihood of demonstrations that it brings
+    (PPO-ptx, Ouyang et al. 2022).
 
     Args:
       model: the policy's functions.
@@ -129,17 +130,13 @@ def policy_gradient(
 
     Raises:
       ValueError: `kl_fn` is k1, whose expected gradient is 0; or, while tracing, a batch lacks `ref_logprobs` though
-        `kl_coef` is not 0, or brings demonstrations, which only `actor_critic` mixes in.
+        `kl_coef` is not 0.
     """
     if kl_coef and kl_fn is k1:
         raise ValueError("k1 in a loss restrains nothing (its expected gradient is 0); fix: kl_fn=k2")
 
     def objective(params: Params, batch: PolicyBatch):
         data, mask = batch.experience, batch.experience.mask
-        if batch.demonstrations is not None:
-            raise ValueError(
-                "policy_gradient mixes in no demonstrations (PPO-ptx); fix: use actor_critic, or give none"
-            )
         hidden = policy_hidden(model, params["policy"], data.tokens, data.segment_ids)
         logits = model.unembed(params["policy"], hidden)
         logprobs = token_logprobs(logits, data.tokens, temperature=temperature)
@@ -170,6 +167,9 @@ def policy_gradient(
             "clip_ratio/region_mean": (masked_sum((slopes == 0) & (data.advantages != 0), mask), tokens),
             "val/ratio": (masked_sum(ratio, mask), tokens),
         }
+        if batch.demonstrations is not None:
+            nll, metrics["loss/ptx_avg"] = _weighted_nll(model, params["policy"], batch)
+            total = total + nll
         return total, weight, metrics
 
     return objective

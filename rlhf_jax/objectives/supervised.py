@@ -9,7 +9,7 @@ from rlhf_jax.types import CausalModel, Objective, Params, SequenceBatch
 
 
 def sft(model: CausalModel) -> Objective:
-    """Negative log-likelihood of the demonstrations' completion tokens, in nats per token."""
+    """Negative log-likelihood of the demonstrations' completion tokens, in nats per token (Ouyang et al. 2022, §3.5)."""
 
     def objective(params: Params, batch: SequenceBatch):
         logits = model.unembed(params, policy_hidden(model, params, batch.tokens, batch.segment_ids))

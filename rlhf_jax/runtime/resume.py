@@ -2,20 +2,24 @@
 
     with resumable(run, "sft", state, save_every=20) as kept:
         state = kept.state
-        with MetricLog(run / "metrics.jsonl", "sft", num_steps, show=SHOW, first_step=kept.first_step) as log:
+        with MetricLog(kept.log_to, "sft", num_steps, show=SHOW, first_step=kept.first_step) as log:
             for step in range(kept.first_step, num_steps):
-                batch = ...                                            # a pure function of (seed, step)
+                batch = kept.batch(step, ...)                          # a pure function of (seed, step)
                 state, metrics = train_step(state, batch)
                 metrics = kept.check(step, state, metrics, batch)      # raises at NaN; saves what is good, dumps the batch
                 log.write(step, metrics, tokens=batch.tokens.size)
                 kept.finish(step, state)                               # saves when due; leaves when a signal asked
 
 Checkpoint `n` in `run/state/STAGE` is the state after `n` steps, 0 to n - 1. A run that is killed and started again ends
-bit-identical, given the same devices: restoring is exact on any mesh, the steps after it on the same one.
+bit-identical, given the same devices: restoring is exact on any mesh, the steps after it on the same one. `forget` removes
+the folder once the stage's result is saved.
 """
 
 import contextlib
+import functools
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,10 +27,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.runtime import checkpoint, faults
-from rlhf_jax.runtime.bad_batch import dump_batch
-from rlhf_jax.runtime.fingerprint import short
+from rlhf_jax.runtime.bad_batch import dump_batch, load_batch
+from rlhf_jax.runtime.fingerprint import named_leaves, short
 from rlhf_jax.runtime.runs import refuse_changes
 from rlhf_jax.runtime.stop import stop_on_signals, watchdog
 
@@ -38,10 +43,14 @@ class Kept(NamedTuple):
     """Of the last good step, or the one that was passed in."""
     first_step: int
     """The step to go on with."""
+    batch: Callable[[int, Any], Any]
+    """`batch(step, batch)` returns the batch that the step is to see: the same one, or the dumped one of a replay."""
     check: Callable[..., dict[str, float]]
     """`check(step, state, metrics, batch)` returns the metrics as floats, or raises `FloatingPointError`."""
     finish: Callable[[int, Any], None]
     """`finish(step, state)` after the step was logged; saves when due, raises `SystemExit` when a signal asked to stop."""
+    log_to: Path
+    """`run/metrics.jsonl`; what it holds is on the disk before a checkpoint is committed."""
 
 
 @contextlib.contextmanager
@@ -55,6 +64,7 @@ def resumable(
     for_good: int | None = None,
     facts: Mapping | None = None,
     force: bool = False,
+    replay: Path | None = None,
     grace: float = 30.0,
     hang_after: float = 1800.0,
     hang_exit_code: int | None = None,
@@ -69,10 +79,12 @@ def resumable(
       keep, for_good: as `checkpoint.save` has them.
       facts: JSON-able, must be the same when the run goes on (hashes of tokenizer and data, fingerprints of frozen models).
       force: go on although facts differ; every later checkpoint records what differed.
+      replay: `bad_batch_N.npz`, which `check` left behind when step N went wrong. That step is played again over that batch,
+        `check` says what of batch and metrics is not finite and ends the process: 1 when something is, else 0.
       grace, hang_after, hang_exit_code: as `stop.stop_on_signals` and `stop.watchdog` have them.
 
     Raises:
-      ValueError: the facts differ from those that were saved.
+      ValueError: the facts differ from those that were saved, or the state at the start of the replayed step is not there.
       DamagedCheckpointError: there are checkpoints, and none is whole.
     """
     folder = Path(run) / "state" / stage
@@ -80,6 +92,8 @@ def resumable(
         raise ValueError(f"save_every {save_every}: fix: a number of steps from 1")
     notes = {"facts": dict(facts or {}), "forced": []}
     first_step, state = _take_up(folder, stage, state, notes, force=force)
+    if replay is not None:
+        _check_replay(replay, folder, first_step)
     log = Path(run) / "metrics.jsonl"
     with (
         stop_on_signals(grace=grace) as asked,
@@ -90,8 +104,10 @@ def resumable(
         def check(step: int, state: Any, metrics: Mapping[str, jax.Array | float], batch: Any) -> dict[str, float]:
             metrics = faults.hit("after_update", dict(metrics))
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            if bad or values.get("grad/finite", 1.0) < 1.0:
+            if replay is not None:
+                _tell_replay(stage, step, values, batch)
+            bad = _not_finite(values)
+            if bad:
                 saved = _save_untouched(to, folder, step, state, values, notes)
                 _refuse_step(run, stage, step, bad, saved, batch)
             return values
@@ -106,7 +122,12 @@ def resumable(
                 to.wait()
                 _leave(stage, step + 1, short(state), by, asked.since())
 
-        yield Kept(state, first_step, check, finish)
+        yield Kept(state, first_step, functools.partial(_enter, replay), check, finish, log)
+
+
+def forget(run: Path, stage: str) -> None:
+    """Remove the checkpoints that only resuming this stage needs."""
+    shutil.rmtree(Path(run) / "state" / stage, ignore_errors=True)
 
 
 def guarded(step_fn: Callable[..., tuple[Any, dict]], *, state_at: int = 0) -> Callable[..., tuple[Any, dict]]:
@@ -151,6 +172,44 @@ def _take_up(folder: Path, stage: str, state: Any, notes: dict, *, force: bool) 
     return step, state
 
 
+def _enter(replay: Path | None, step: int, batch: Any) -> Any:
+    if replay is None:
+        return faults.hit("before_update", batch)
+    stored = load_batch(replay, like=batch)
+    return jax.tree.map(lambda x, y: jax.device_put(x, getattr(y, "sharding", None)), stored, batch)
+
+
+def _not_finite(values: Mapping[str, float]) -> list[str]:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    return bad or (["the gradient"] if values.get("grad/finite", 1.0) < 1.0 else [])
+
+
+def _check_replay(path: Path, folder: Path, first_step: int) -> None:
+    """Only the step after the newest checkpoint can be played again."""
+    number = re.fullmatch(r"bad_batch_(\d+)\.npz", Path(path).name)
+    if number is None or not Path(path).is_file():
+        raise ValueError(
+            f"{path} is no bad_batch_STEP.npz of a run, nothing was played. Fix: the path from its message"
+        )
+    if int(number[1]) != first_step:
+        raise ValueError(
+            f"{path} is the batch of step {number[1]}, the newest checkpoint in {folder} is before step {first_step}: nothing "
+            f"was played. Fix: replay in a copy of the run whose checkpoints end at {number[1]}"
+        )
+
+
+def _tell_replay(stage: str, step: int, values: Mapping[str, float], batch: Any) -> None:
+    """What is not finite in a step that was played again, and the end of the process."""
+    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(batch)}
+    rows = {n: np.argwhere(~np.isfinite(x))[:4].tolist() for n, x in leaves.items() if x.dtype.kind in "fcV"}
+    bad = [f"batch {name} at {places}" for name, places in rows.items() if places]
+    bad += _not_finite(values)
+    for name, value in sorted(values.items()):
+        _tell(f"  {name:<28} {value:.6g}")
+    _tell(f"{stage} step {step} replayed, nothing was written. Not finite: {'; '.join(bad) or 'nothing'}")
+    raise SystemExit(1 if bad else 0)
+
+
 def _save_untouched(to, folder: Path, step: int, state: Any, values: Mapping[str, float], notes: dict) -> str:
     """Save the state before the bad step, if it is at hand; returns what to tell."""
     to.wait()
@@ -167,15 +226,16 @@ def _save_untouched(to, folder: Path, step: int, state: Any, values: Mapping[str
 
 def _refuse_step(run: Path, stage: str, step: int, bad: list[str], saved: str, batch: Any) -> None:
     path = dump_batch(run, step, batch)
-    what = ", ".join(bad) or "the gradient"
     raise FloatingPointError(
-        f"{stage} step {step}: not finite: {what}. This step was not logged; {saved}; its batch is in {path}. "
-        "Fix: replay that batch, lower the learning rate or take the row out"
+        f"{stage} step {step}: not finite: {', '.join(bad)}. This step was not logged; {saved}; its batch is in {path}. "
+        f"Fix: see what is wrong with it by the same command with --resume --replay {path}; then lower the learning rate or "
+        "take the row out"
     )
 
 
 def _leave(stage: str, steps: int, fingerprint: str, by: Any, seconds: float) -> None:
-    _tell(f"{by.name}: saved {stage} after {steps} steps in {seconds:.1f} s, state {fingerprint}. Resume: same command")
+    saved = f"saved {stage} after {steps} steps in {seconds:.1f} s, state {fingerprint}"
+    _tell(f"{by.name}: {saved}. Resume: same command with --resume")
     raise SystemExit(128 + by)
 
 

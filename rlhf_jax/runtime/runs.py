@@ -13,15 +13,18 @@ from typing import Any
 
 _PARTIAL = ".partial"
 _LOCK = "run.lock"
+_FREE = ("run", "resume", "force", "replay")
+"""Fields of a configuration that say how to go on, not what to do."""
 
 
-def open_run(folder: Path, config: Any, *, resume: bool = False) -> Path:
+def open_run(folder: Path, config: Any, *, resume: bool = False, force: bool = False) -> Path:
     """Make the run's folder and write `config.json`, or open an old one.
 
     Args:
       folder: where everything of the run goes.
-      config: a dataclass. Its fields `run` and `resume` may change between calls; all others must not.
+      config: a dataclass. Its fields `run`, `resume`, `force` and `replay` may change between calls; all others must not.
       resume: continue in a folder that exists.
+      force: continue with another configuration; what differed is added to `forced.txt`.
 
     Raises:
       FileExistsError: the folder exists and `resume` is off.
@@ -40,8 +43,12 @@ def open_run(folder: Path, config: Any, *, resume: bool = False) -> Path:
         if not stored_at.exists():
             raise ValueError(f"{folder} holds no config.json, so it is no run of this program: choose another --run")
         stored = json.loads(stored_at.read_text(encoding="utf-8"))
-        free = ("run", "resume")
-        refuse_changes(folder, *({k: v for k, v in facts.items() if k not in free} for facts in (stored, wanted)))
+        facts = ({k: v for k, v in facts.items() if k not in _FREE} for facts in (stored, wanted))
+        changed = refuse_changes(folder, *facts, force=force)
+        if changed:
+            with (folder / "forced.txt").open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in changed))
+            write_json(stored_at, wanted)
         return folder
     write_json(stored_at, wanted)
     return folder
@@ -106,7 +113,7 @@ def refuse_changes(where: Path | str, stored: Mapping, wanted: Mapping, *, force
     if changed and not force:
         raise ValueError(
             f"{where} was started with another configuration, nothing was changed. {'; '.join(changed)}. "
-            "Resume with the first values or choose another --run"
+            "Fix: resume with the first values, choose another --run, or go on all the same with --force"
         )
     return changed
 

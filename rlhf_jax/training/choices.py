@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.functional.logprobs import token_logprobs
 from rlhf_jax.functional.reward_losses import ordered_pairs
+from rlhf_jax.generation.best_of_n import best_rows
 from rlhf_jax.objectives import policy_hidden, sequence_token_logprobs
 from rlhf_jax.training.rollout import rollout_metrics
 from rlhf_jax.types import (
@@ -33,7 +34,7 @@ def best_of_group(generation: Generation, scores: jax.Array, *, group_size: int)
       scores: `[B]`.
       group_size: samples per prompt; 4 to 16 are usual.
     """
-    rows = jnp.arange(0, scores.shape[0], group_size) + jnp.argmax(scores.reshape(-1, group_size), axis=1)
+    rows = best_rows(scores, group_size=group_size)
     return SequenceBatch(generation.tokens[rows], generation.segment_ids[rows], generation.completion_mask[rows])
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import optax
 
 from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.functional.ensembles import normalize_members
+from rlhf_jax.functional.rewards import subtract_missing_eos
+from rlhf_jax.models.heads import ensemble_scores
 from rlhf_jax.training.train_step import init_train_state
-from rlhf_jax.types import Metrics, Params, TrainState
+from rlhf_jax.types import CausalModel, Frozen, Generation, Metrics, Params, TrainState
 
 
 def init_ensemble(
@@ -67,6 +70,29 @@ def member_indices(
         return drawn[rows]
 
     return np.stack([member_rows(member) for member in range(num_members)])
+
+
+def make_ensemble_score_fn(
+    reward_model: CausalModel, rule: Callable[[jax.Array], jax.Array], *, missing_eos_penalty: float = 1.0
+) -> Callable[[Frozen, Generation], jax.Array]:
+    """Build `score(frozen, generation) -> scores [B]` of an ensemble, in the place of `make_score_fn`.
+
+    Every member is put into standard deviations of its own on the reference policy's samples first, or the loudest would
+    decide: `frozen.reward_params` are stacked, `reward_mean` and `reward_std` are `[M]`.
+
+    Args:
+      reward_model: the members' functions.
+      rule: `scores [M, B] -> [B]`: `ensemble_mean`, `worst_case` (WCO), or `uncertainty_weighted` (UWO), perhaps in a
+        `functools.partial` with its coefficient.
+      missing_eos_penalty: subtracted from completions that did not end, after the rule.
+    """
+
+    def score(frozen: Frozen, generation: Generation) -> jax.Array:
+        raw = ensemble_scores(reward_model, frozen.reward_params, generation.tokens, generation.segment_ids)
+        scores = rule(normalize_members(raw, frozen.reward_mean, frozen.reward_std))
+        return subtract_missing_eos(scores, generation.ended, penalty=missing_eos_penalty)
+
+    return score
 
 
 def average_members(params: Params) -> Params:

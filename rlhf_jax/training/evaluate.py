@@ -1,14 +1,18 @@
-"""Numbers for the report: means with intervals, win rates, held-out likelihood, reward-model accuracy."""
+"""Numbers for the report: means with intervals, win rates, KL, held-out likelihood, reward-model accuracy."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
-from rlhf_jax.types import Objective, Params, WeightedMetrics
+from rlhf_jax.functional.kl import exact_kl
+from rlhf_jax.functional.masking import shift_right
+from rlhf_jax.objectives import policy_hidden
+from rlhf_jax.types import CausalModel, Objective, Params, WeightedMetrics
 
 
 class Interval(NamedTuple):
@@ -79,6 +83,61 @@ def matched_win_rate(ours: np.ndarray, theirs: np.ndarray, our_sizes: np.ndarray
     if not same.any():
         raise ValueError(f"none of the {same.size} comparisons has two completions of equal length")
     return win_rate(ours[same], theirs[same])
+
+
+def group_win_rate(
+    ours: np.ndarray, theirs: np.ndarray, *, our_sizes: np.ndarray | None = None, their_sizes: np.ndarray | None = None
+) -> Interval:
+    """The win rate over every pair of our and their samples to one prompt; with sizes, of equally long pairs alone.
+
+    Prompts are independent, pairs of one prompt are not: the unit is the prompt, whose outcome is the mean over its
+    pairs. With sizes, a prompt without an equally long pair is left out.
+
+    Args:
+      ours: `[N, K]` a judge's scores of K samples to each prompt.
+      theirs: `[N, L]`.
+      our_sizes, their_sizes: tokens of the same samples, both or neither.
+
+    Raises:
+      ValueError: no pair is equally long, scores do not pair up, or one is not finite.
+    """
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    if ours.ndim != 2 or theirs.ndim != 2 or len(ours) != len(theirs):
+        raise ValueError(f"scores must be [N, K] and [N, L] of the same prompts, got {ours.shape} and {theirs.shape}")
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        raise ValueError("a score is not finite; nothing was compared")
+    gaps = ours[:, :, None] - theirs[:, None, :]
+    compared = np.ones(gaps.shape, bool)
+    if our_sizes is not None:
+        compared = np.asarray(our_sizes)[:, :, None] == np.asarray(their_sizes)[:, None, :]
+    if not compared.any():
+        raise ValueError(f"none of the {compared.size} comparisons has two completions of equal length")
+    counts = compared.sum(axis=(1, 2))
+    wins = (((gaps > 0) + 0.5 * (gaps == 0)) * compared).sum(axis=(1, 2))
+    return proportion_interval(wins[counts > 0] / counts[counts > 0])
+
+
+def token_kl(
+    policy: tuple[CausalModel, Params],
+    reference: tuple[CausalModel, Params],
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """KL of the next token's law at every place, `[B, T]` in nats: entry t is about token t, given what is before it.
+
+    Summed over completions that the policy sampled, its mean is the KL of completions, with less noise than
+    `k1` (see `exact_kl`). The two may be of different networks with one vocabulary. Outside the completion it
+    means nothing: mask it.
+    """
+    logprobs = [
+        jax.nn.log_softmax(
+            model.unembed(params, policy_hidden(model, params, tokens, segment_ids)).astype(jnp.float32) / temperature
+        )
+        for model, params in (policy, reference)
+    ]
+    return shift_right(exact_kl(*logprobs))
 
 
 def evaluate(objective: Objective) -> Callable[[Params, Iterable], dict[str, float]]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from rlhf_jax.functional.aggregation import token_mean
 from rlhf_jax.functional.kl import adaptive_kl_coef
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.objectives import PolicyBatch
@@ -72,6 +73,7 @@ def make_ppo_update(
     kl_horizon: float = 10_000.0,
     kl_stop: float | None = None,
     ptx_coef: float = 0.0,
+    aggregate: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] = token_mean,
 ) -> Callable[[PPOState, Experience, SequenceBatch | None, jax.Array, jax.Array], tuple[PPOState, Metrics]]:
     """Build `update(state, experience, demonstrations, kl, key) -> (state, metrics)`, the learning half of an iteration.
 
@@ -82,8 +84,9 @@ def make_ppo_update(
       kl_horizon: the controller's slowness, in completions.
       kl_stop: nats per token; once a minibatch is farther than this from the policy that sampled, the iteration's
         remaining steps are skipped. 0.015 in Spinning Up (1.5 times its target 0.01). None never stops.
-      ptx_coef: weight of the demonstrations' mean token loss relative to the mean PPO loss (PPO-ptx; Ouyang et al. 2022
-        use 27.8 at their own normalisation).
+      ptx_coef: weight of the demonstrations' mean token loss relative to the policy's mean loss (PPO-ptx; Ouyang et al.
+        2022 use 27.8 at their own normalisation).
+      aggregate: the objective's, which says what the policy's loss is the mean of; `actor_critic`'s is `token_mean`.
     """
 
     def update(
@@ -92,7 +95,8 @@ def make_ppo_update(
         num_rows = experience.tokens.shape[0]
         batch = PolicyBatch(experience=experience)
         if demonstrations is not None:
-            per_token = ptx_coef * experience.mask.sum() / jnp.maximum(demonstrations.loss_mask.sum(), 1)
+            weight = aggregate(jnp.zeros_like(experience.advantages), experience.mask)[1]
+            per_token = ptx_coef * weight / jnp.maximum(demonstrations.loss_mask.sum(), 1)
             weights = jnp.full((num_rows,), per_token, jnp.float32)
             batch = PolicyBatch(experience, demonstrations, weights)
         inner = TrainState(state.step, state.params, state.opt_state)
@@ -136,7 +140,7 @@ def make_batch_update(
         state: PPOState, batch: Any, demonstrations: None, kl: jax.Array, key: jax.Array
     ) -> tuple[PPOState, Metrics]:
         if demonstrations is not None:
-            raise ValueError("this update mixes in no demonstrations (PPO-ptx); fix: give none, or use actor_critic")
+            raise ValueError("this update mixes in no demonstrations (PPO-ptx); fix: give none, or use make_ppo_update")
         del kl
         inner = TrainState(state.step, state.params, state.opt_state)
         inner, history = update_epochs(

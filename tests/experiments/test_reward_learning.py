@@ -11,7 +11,7 @@ import reward_learning
 from reward_learning import Config
 
 TINY = Config(
-    num_seeds=2,
+    seeds=(0, 1),
     sizes=(40, 320),
     num_ranked=40,
     num_held_out=200,
@@ -39,8 +39,8 @@ def test_a_convolution_scores_as_a_loop_over_windows():
 
 @pytest.fixture(scope="module")
 def world():
-    make = partial(reward_learning.make_data, Config(num_seeds=1, sizes=(4000,), num_held_out=4000), flip_rate=0.25)
-    return jax.jit(make)(jnp.asarray(0))
+    make = partial(reward_learning.make_data, Config(sizes=(4000,), num_held_out=4000))
+    return jax.jit(make)(jnp.asarray(0), jnp.asarray(0.25))
 
 
 def test_annotators_contradict_the_gold_as_often_as_told(world):
@@ -101,7 +101,11 @@ def test_each_criterion_fails_on_what_breaks_it(place, changes):
 
 
 def test_the_study_at_a_small_size(capsys):
-    found = reward_learning.study(TINY, 0.25)
+    programs = reward_learning.compiled(TINY)
+    reward_learning.study(TINY, programs, 0.0)
+    sizes = [program._cache_size() for program in programs.values()]
+    found = reward_learning.study(TINY, programs, 0.25)
+    assert [program._cache_size() for program in programs.values()] == sizes  # the rate is data
     assert found["pairs 320"].shape == (2,)
     assert found["epochs"].shape == (2, 5)
     assert np.all(found["pairs 320"] > 0.52)

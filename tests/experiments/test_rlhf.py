@@ -20,9 +20,10 @@ from reward_model import RewardModelConfig
 from sft import SFTConfig
 
 from rlhf_jax.data import synthetic
-from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime import checkpoint, faults
 from rlhf_jax.runtime.runs import read_json_lines
 
+ACTS = ("sft", "reward_model", "ppo")
 KEYS = {"dataset", "seed", "seconds", "reward_model", "win_rate", "kl", "kl_target", "length", "nll", "controls"}
 
 
@@ -136,16 +137,36 @@ def test_single_acts_refuse_what_is_already_played(config, result):
     assert (config.run / "metrics.jsonl").read_text() == before
 
 
-def test_single_acts_of_the_command_line(config, result, tmp_path):
-    """`sft.py`, `reward_model.py` and `ppo.py`, one after the other, make what the main job makes."""
+def test_single_acts_interrupted_and_resumed(config, result, tmp_path, capsys):
+    """`sft.py`, `reward_model.py` and `ppo.py`, each broken off once, make what the main job makes, bit for bit."""
     words = ["--run", str(tmp_path / "run"), "--response-length", "12", "--vocab-size", "600"]
     words += ["--prompt-length", "40", "--row-length", "96"]
     network = "--sft.num-epochs 1 --sft.model-dim 16 --sft.num-heads 2 --sft.mlp-dim 16 --sft.num-layers 1"
-    sft.main(tyro.cli(sft.Config, args=words + network.split()))
     rankings = "--reward.num-epochs 1 --reward.batch-size 8"
-    reward_model.main(tyro.cli(reward_model.Config, args=words + rankings.split()))
     short = "--ppo.num-iterations 2 --ppo.batch-size 8 --ppo.num-epochs 1 --ppo.num-minibatches 2 --ppo.kl-horizon 100"
-    ppo.main(tyro.cli(ppo.Config, args=words + short.split()))
+    for act, options in (
+        (sft, f"{network} --sft.save-every"),
+        (reward_model, f"{rankings} --reward.save-every"),
+        (ppo, f"{short} --ppo.save-every"),
+    ):
+        command = [*words, *options.split(), "1"]
+        with faults.injected("after_update@2=raise"), pytest.raises(faults.InjectedFaultError):
+            act.main(tyro.cli(act.Config, args=command))
+        with pytest.raises(FileExistsError, match="--resume"):
+            act.main(tyro.cli(act.Config, args=command))
+        act.main(tyro.cli(act.Config, args=[*command, "--resume"]))
+        assert "resumed after 1 steps, state " in capsys.readouterr().err
+    assert not any((tmp_path / "run" / "state").iterdir())
+    clock = ("seconds", "tokens_per_second")
+    logs = [
+        [
+            {k: v for k, v in row.items() if k not in clock}
+            for row in read_json_lines(run / "metrics.jsonl")
+            if row["stage"] in ACTS
+        ]
+        for run in (config.run, tmp_path / "run")
+    ]
+    assert logs[0] == logs[1]
     for act in ("sft", "reward_model", "ppo"):
         like, mine = (config.run / act, tmp_path / "run" / act)
         assert checkpoint.read_notes(mine) == checkpoint.read_notes(like)

@@ -1,5 +1,7 @@
 """GAE against the definition's double loop, its special cases, rows with their padding cut out; and group baselines."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 from functional.ragged import MASK, B, T, normals, poisoned
 
 from rlhf_jax.functional import (
+    batch_relative,
     gae,
     group_relative,
     leave_one_out,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
     rewards_to_go,
+    standardize,
     zero_spread,
 )
 
@@ -98,6 +102,19 @@ def test_group_baselines_by_hand(group_size):
     found = leave_one_out(scores, group_size=group_size)
     np.testing.assert_allclose(found, others, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(unscaled, found * (group_size - 1) / group_size, rtol=1e-4, atol=1e-6)
+
+
+def test_one_spread_for_the_whole_batch():
+    """Of the scores as they are, or of what is standardised; nothing where all are equal."""
+    scores, spread = jnp.asarray(SCORES), np.float64(SCORES).std(ddof=1)
+    centred = np.float64(SCORES) - np.repeat(np.float64(SCORES).reshape(4, 3).mean(axis=1), 3)
+    np.testing.assert_allclose(batch_relative(scores, group_size=3), centred / (spread + 1e-4), rtol=1e-4, atol=1e-6)
+    expected = (np.float64(SCORES) - SCORES.mean()) / (spread + 0.5)
+    np.testing.assert_allclose(standardize(scores, eps=0.5), expected, rtol=1e-4, atol=1e-6)
+    for function in (partial(batch_relative, group_size=3), standardize):
+        flat, slope = function(jnp.full(6, 0.5)), jax.grad(lambda x, f=function: f(x)[0])(jnp.full(6, 0.5))
+        assert not np.any(flat)
+        assert np.all(np.isfinite(slope))
 
 
 @pytest.mark.parametrize("scale", [True, False])

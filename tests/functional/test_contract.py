@@ -26,6 +26,7 @@ BEST = np.argmax(KEPT, axis=1)
 LENGTHS = np.array([1, 7, 3, 40, 12, 5])
 PROBABILITIES = [1 / (1 + np.exp(-3 * ROW[0])), (ROW[1] > 0).astype(np.float32)]
 PAIRS_T, PAIR_MASK = [-1 - abs(normals(seed, B // 2, 2, T)) for seed in (20, 21)], MASK.reshape(B // 2, 2, T)
+LOG_SOFTMAX = [np.log(np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)) for x in (normals(18, B, K), normals(19, B, K))]
 SEGMENTS = np.cumsum(MASK, axis=1) // 3 * MASK
 
 # name: (arguments, keyword arguments, mask of the first arguments or None). Float arguments come first.
@@ -33,13 +34,20 @@ CALLS = {
     "adaptive_kl_coef": ([np.float32(0.1), np.float32(7)], {"num_samples": 64}, None),
     "against_reference": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "best_of_k_loss": ([normals(8, B, K), BEST, KEPT], {}, KEPT),
+    "best_of_n_kl": ([1 + abs(ROW[0])], {}, None),
+    "best_of_n_logprobs": ([LOG_SOFTMAX[0], normals(8, B, K)], {"num_samples": 3}, None),
+    "best_of_n_mean": ([normals(8, B, K), normals(17, B, K)], {"num_samples": 3}, None),
+    "best_of_n_weights": ([normals(8, B, K)], {"num_samples": 3}, None),
+    "batch_relative": (ROW[:1], {"group_size": 3}, None),
     "bradley_terry_loss": (ROW, {"margin": 0.5, "label_smoothing": 0.1, "centering_coef": 0.1}, None),
     "cispo_loss": (BT, {}, None),
     "clipped_policy_loss": (BT, {"clip_high": 0.3, "dual_clip": 3.0}, None),
+    "clipped_sequence_loss": ([*BT, MASK], {"clip_high": 0.3}, MASK),
     "clipped_value_loss": (BT, {}, None),
     "constant_length_mean": ([BT[0], MASK], {"length": 5}, MASK),
     "cpo_loss": (PAIR[:3], {"beta": 0.5}, None),
     "dpo_loss": (PAIR, {"label_smoothing": 0.1}, None),
+    "dual_ascent": ([np.float32(-0.3), np.float32(2)], {"limit": 0.5}, None),
     "entropy": ([normals(7, B, T, V)], {"temperature": 0.7}, None),
     "gae": ([*BT[:2], MASK], {"discount": 0.9}, MASK),
     "group_relative": (ROW[:1], {"group_size": 3}, None),
@@ -51,19 +59,21 @@ CALLS = {
     "k3_straight_through": (BT[:2], {}, None),
     "kto_baseline": ([-x for x in PAIR[:2]], {}, None),
     "kto_loss": ([*PAIR[:2], ROW[0] > 0], {"kl": 0.1, "undesirable_weight": 1.5}, None),
+    "lagrangian_reward": ([*ROW, ROW[0] > -0.5], {"multiplier": 0.7}, ROW[0] > -0.5),
     "last_true_index": ([MASK], {}, None),
     "leave_one_out": (ROW[:1], {"group_size": 2}, None),
     "masked_mean": ([BT[0], MASK], {}, MASK),
     "masked_sum": ([BT[0], MASK], {}, MASK),
     "masked_var": ([BT[0], MASK], {}, MASK),
-    "masked_whiten": ([BT[0], MASK], {}, MASK),
+    "masked_whiten": ([BT[0], MASK], {"unbiased": True}, MASK),
     "mean_against_reference": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "mean_per_token": ([*PAIRS_T, PAIR_MASK], {}, PAIR_MASK),
     "mean_logprobs": ([BT[0], MASK], {}, MASK),
+    "normalize_rewards": ([normals(8, 2, B), KEPT[:, :2].T], {}, KEPT[:, :2].T),
     "normalize_scores": (ROW[:1], {"mean": 0.1, "std": 2.0}, None),
-    "pairwise_ranking_loss": ([normals(8, B, K), RANKS, KEPT], {}, KEPT),
+    "pairwise_ranking_loss": ([normals(8, B, K), RANKS, KEPT], {"margin": 0.3}, KEPT),
     "ordered_pairs": ([RANKS, KEPT], {}, None),
-    "orpo_loss": (PAIR[:2], {}, None),
+    "orpo_loss": (PAIR[:2], {"nll_coef": 0.5}, None),
     "plackett_luce_loss": ([normals(8, B, K), RANKS // 2, KEPT], {}, KEPT),
     "positions_from_segments": ([SEGMENTS], {}, None),
     "reinforce_loss": (BT, {}, None),
@@ -77,6 +87,7 @@ CALLS = {
     "shape_rewards": ([ROW[0], *BT[:2], MASK], {"kl_coef": 0.1}, MASK),
     "shift_right": (BT[:1], {}, None),
     "simpo_loss": (PAIR[:2], {}, None),
+    "standardize": (ROW[:1], {}, None),
     "subtract_missing_eos": ([ROW[0], ROW[1] > 0], {}, None),
     "subtract_overlong": ([ROW[0], np.arange(B)], {"max_length": 5, "buffer": 3}, None),
     "token_mean": ([BT[0], MASK], {}, MASK),
@@ -84,8 +95,10 @@ CALLS = {
     "token_logprobs": ([normals(9, B, T, V), TOKENS], {"temperature": 0.7}, None),
     "zero_spread": (ROW[:1], {"group_size": 2}, None),
     "ensemble_mean": ([normals(14, 5, B)], {}, None),
+    "exact_kl": (LOG_SOFTMAX, {}, None),
     "expected_calibration_error": ([*PROBABILITIES], {"num_bins": 4}, None),
     "first_choice_loss": ([normals(8, B, K), RANKS // 2, KEPT], {}, KEPT),
+    "fill_missing": ([ROW[0], ROW[1] > -0.5], {"group_size": 2}, ROW[1] > -0.5),
     "fit_log_length": ([ROW[0], LENGTHS], {}, None),
     "fit_temperature": ([ROW[0], PROBABILITIES[1]], {}, None),
     "normalize_members": ([normals(14, 5, B), normals(15, 5), 1 + abs(normals(16, 5))], {}, None),
@@ -94,7 +107,9 @@ CALLS = {
     "signed_cost_loss": ([*ROW, ROW[0] > 0, ROW[1] > 1], {"sign_coef": 0.5}, None),
     "step_reward_loss": ([BT[0], abs(np.sin(BT[1])), MASK], {}, MASK),
     "uncertainty_weighted": ([normals(14, 5, B)], {"coef": 0.3, "unbiased": True}, None),
+    "weighted_sum": ([normals(8, B, K).T, normals(9, K), KEPT.T], {}, KEPT.T),
     "worst_case": ([normals(14, 5, B)], {}, None),
+    "worst_of": ([normals(8, B, K).T, KEPT.T], {}, KEPT.T),
 }
 every_function = pytest.mark.parametrize("name", sorted(CALLS))
 BOOLEAN = {"ordered_pairs", "zero_spread"}
@@ -102,7 +117,7 @@ BOOLEAN = {"ordered_pairs", "zero_spread"}
 WITH_GRADIENT = sorted(
     name for name, (arguments, _, _) in CALLS.items() if arguments[0].dtype == np.float32 and name not in BOOLEAN
 )
-DATA_ONLY = {"fit_temperature", "kto_baseline"}
+DATA_ONLY = {"best_of_n_weights", "fit_temperature", "kto_baseline"}
 """Results through which no gradient flows."""
 MASKED = sorted(name for name, (_, _, mask) in CALLS.items() if mask is not None)
 
@@ -177,7 +192,8 @@ def test_nothing_outside_the_mask_matters(name, poison):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(name for name in CALLS if len(CALLS[name][0]) > 1 and name != "adaptive_kl_coef")
+    "name",
+    sorted(name for name in CALLS if len(CALLS[name][0]) > 1 and name not in ("adaptive_kl_coef", "dual_ascent")),
 )
 @pytest.mark.parametrize("checked", [True, False])
 def test_arguments_of_unequal_shape_are_refused(name, checked):
@@ -194,19 +210,29 @@ def test_arguments_of_unequal_shape_are_refused(name, checked):
         ("adaptive_kl_coef", "target", 0),
         ("adaptive_kl_coef", "horizon", -1.0),
         ("adaptive_kl_coef", "num_samples", 0),
+        ("best_of_n_logprobs", "num_samples", 0.5),
+        ("best_of_n_weights", "num_samples", 5),
+        ("batch_relative", "eps", 0.0),
+        ("batch_relative", "group_size", 1),
         ("bradley_terry_loss", "label_smoothing", 0.6),
         ("bradley_terry_loss", "centering_coef", -0.1),
         ("cispo_loss", "max_ratio", 0.9),
         ("clipped_policy_loss", "clip_low", 1.1),
         ("clipped_policy_loss", "dual_clip", 0.9),
         ("clipped_policy_loss", "clip_high", -0.1),
+        ("clipped_sequence_loss", "clip_low", 1.1),
+        ("clipped_sequence_loss", "clip_high", -0.1),
         ("clipped_value_loss", "clip", -0.1),
         ("constant_length_mean", "length", 0),
         ("cpo_loss", "beta", 0.0),
         ("cpo_loss", "nll_coef", -1.0),
         ("dpo_loss", "beta", -0.1),
         ("dpo_loss", "label_smoothing", 0.6),
+        ("dual_ascent", "learning_rate", 0.0),
+        ("dual_ascent", "max_multiplier", -1.0),
         ("entropy", "temperature", 0.0),
+        ("fill_missing", "group_size", 0),
+        ("fill_missing", "group_size", 4),
         ("gae", "discount", 1.01),
         ("gae", "gae_lambda", float("nan")),
         ("group_relative", "eps", 0.0),
@@ -217,10 +243,15 @@ def test_arguments_of_unequal_shape_are_refused(name, checked):
         ("kto_loss", "beta", 0.0),
         ("kto_loss", "desirable_weight", -1.0),
         ("kto_loss", "undesirable_weight", -1.0),
+        ("lagrangian_reward", "multiplier", -0.1),
         ("leave_one_out", "group_size", 1),
         ("leave_one_out", "group_size", 4),
+        ("normalize_rewards", "eps", 0.0),
+        ("normalize_rewards", "group_size", 0),
+        ("normalize_rewards", "group_size", 4),
         ("normalize_scores", "std", 0.0),
         ("orpo_loss", "beta", -0.1),
+        ("orpo_loss", "nll_coef", -1.0),
         ("pairwise_ranking_loss", "label_smoothing", -0.1),
         ("pairwise_ranking_loss", "centering_coef", -0.1),
         ("reinforce_plus_plus", "discount", 1.1),
@@ -231,6 +262,7 @@ def test_arguments_of_unequal_shape_are_refused(name, checked):
         ("shape_rewards", "kl_coef", -0.1),
         ("simpo_loss", "beta", 0.0),
         ("simpo_loss", "margin", -0.1),
+        ("standardize", "eps", 0.0),
         ("subtract_missing_eos", "penalty", -1.0),
         ("subtract_overlong", "max_length", 0),
         ("subtract_overlong", "buffer", -1),

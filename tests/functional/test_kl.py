@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from functional.tabular import all_completions, completion_logprobs, logprobs, num_prefixes
 
-from rlhf_jax.functional import adaptive_kl_coef, k1, k2, k3, masked_sum, shape_rewards
+from rlhf_jax.functional import adaptive_kl_coef, exact_kl, k1, k2, k3, masked_sum, shape_rewards, shift_right
 from rlhf_jax.functional.kl import k3_straight_through
 
 VOCAB, LENGTH = 3, 3
@@ -67,6 +67,24 @@ def test_the_example_is_not_degenerate():
     assert 0.2 < reverse_kl(POLICY) < 3
     assert np.linalg.norm(REVERSE_GRADIENT) > 0.1
     assert np.linalg.norm(REVERSE_GRADIENT - FORWARD_GRADIENT) > 0.1
+
+
+def test_exact_kl_of_completions_and_of_tokens():
+    """Token by token under the policy's own prefixes, it adds up to that of completions (the chain rule)."""
+    whole = exact_kl(completion_logprobs(POLICY, ALL), REF_WHOLE)
+    np.testing.assert_allclose(whole, reverse_kl(POLICY), rtol=1e-6)
+    of_prefixes = exact_kl(jax.nn.log_softmax(POLICY), jax.nn.log_softmax(REF))
+    per_token = jnp.where(ALL.mask, shift_right(of_prefixes[ALL.prefixes]), 0.0)
+    np.testing.assert_allclose(expected(per_token.sum(axis=1)), whole, rtol=1e-5)
+    noise = expected(jnp.square(per_token.sum(axis=1) - whole))
+    assert noise < 0.5 * expected(jnp.square(of_completions(k1, POLICY) - whole))
+
+
+def test_exact_kl_of_impossible_outcomes():
+    sure, even = jnp.log(jnp.asarray([1.0, 0.0])), jnp.log(jnp.asarray([0.5, 0.5]))
+    np.testing.assert_allclose(exact_kl(sure, even), np.log(2), rtol=1e-6)
+    assert exact_kl(even, sure) == np.inf
+    assert exact_kl(sure, sure) == 0
 
 
 @both_levels

@@ -59,17 +59,26 @@ def test_variance_is_the_populations():
     x = 5 + normals(2, B, T)
     variance = masked_var(poisoned(x), jnp.asarray(MASK))
     np.testing.assert_allclose(variance, np.var(np.float64(x[MASK])), rtol=1e-5)
+    unbiased = masked_var(poisoned(x), jnp.asarray(MASK), unbiased=True)
+    np.testing.assert_allclose(unbiased, np.var(np.float64(x[MASK]), ddof=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten(shift_mean):
-    x = 5 + 3 * normals(3, B, T)
-    kept = np.float64(x[MASK])
-    whitened = np.asarray(masked_whiten(poisoned(x), jnp.asarray(MASK), shift_mean=shift_mean))
-    expected = (kept - kept.mean()) / np.sqrt(kept.var() + 1e-8) + (0 if shift_mean else kept.mean())
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_whiten(shift_mean, unbiased):
+    x, options = 5 + 3 * normals(3, B, T), {"shift_mean": shift_mean, "unbiased": unbiased}
+    kept, ddof = np.float64(x[MASK]), int(unbiased)
+    whitened = np.asarray(masked_whiten(poisoned(x), jnp.asarray(MASK), **options))
+    expected = (kept - kept.mean()) / np.sqrt(kept.var(ddof=ddof) + 1e-8) + (0 if shift_mean else kept.mean())
     np.testing.assert_allclose(whitened[MASK], expected, rtol=1e-4, atol=1e-5)
     assert not np.any(whitened[~MASK])
-    assert whitened[MASK].std() == pytest.approx(1, abs=1e-4)
+    assert whitened[MASK].std(ddof=ddof) == pytest.approx(1, abs=1e-4)
+
+
+def test_one_entry_has_no_spread():
+    x, one = jnp.full((2, 3), 7.0), jnp.zeros((2, 3), bool).at[1, 2].set(True)
+    assert masked_var(x, one, unbiased=True) == 0
+    assert not np.any(masked_whiten(x, one, unbiased=True))
 
 
 @pytest.mark.parametrize("function", [masked_sum, masked_mean, masked_var, masked_whiten])

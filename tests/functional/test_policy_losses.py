@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from functional.ragged import MASK, B, T, normals, poisoned
 
-from rlhf_jax.functional import cispo_loss, clipped_policy_loss, clipped_value_loss, gspo_loss, reinforce_loss
+from rlhf_jax.functional import (
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_sequence_loss,
+    clipped_value_loss,
+    gspo_loss,
+    reinforce_loss,
+)
 
 OLD, ADVANTAGES = normals(0, B, T), normals(1, B, T)
 LOGPROBS = OLD + 0.4 * normals(2, B, T)
@@ -116,6 +123,35 @@ def test_gspo_is_the_sequence_form():
     assert not all(stopped)
 
 
+def test_a_completion_s_ratio_is_the_product_of_its_tokens():
+    """Value and gradient against a loop over rows; at the old policy the gradient is REINFORCE's."""
+    logprobs, rows = jnp.asarray(OLD + 0.05 * normals(2, B, T)), jnp.asarray(ADVANTAGES[:, 0])
+    broadcast = jnp.broadcast_to(rows[:, None], (B, T))
+    options = {"clip_low": 0.1, "clip_high": 0.05}
+
+    def by_tokens(logprobs, **options):
+        return clipped_sequence_loss(logprobs, jnp.asarray(OLD), broadcast, jnp.asarray(MASK), **options).sum()
+
+    def by_rows(logprobs):
+        total = 0.0
+        for b in range(B):
+            kept = np.flatnonzero(MASK[b])
+            if kept.size:
+                ratio = jnp.prod(jnp.exp(logprobs[b, kept] - OLD[b, kept]))
+                total = total + jnp.maximum(-rows[b] * ratio, -rows[b] * jnp.clip(ratio, 0.9, 1.05))
+        return total
+
+    value, gradient = jax.value_and_grad(by_tokens)(logprobs, **options)
+    expected, by_hand = jax.value_and_grad(by_rows)(logprobs)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-5, atol=1e-6)
+    stopped = [not np.any(row) for row, kept in zip(np.asarray(gradient), MASK, strict=True) if kept.any()]
+    assert any(stopped)
+    assert not all(stopped)
+    at_the_start = jax.grad(by_tokens)(jnp.asarray(OLD))
+    np.testing.assert_allclose(at_the_start, np.where(MASK, -ADVANTAGES[:, :1], 0), rtol=1e-5, atol=1e-6)
+
+
 def test_cispo_weighs_and_never_drops():
     logprobs, old, advantages = as_arrays(OLD + 2 * normals(2, B, T), OLD, ADVANTAGES)
     weight = np.minimum(np.exp(np.float64(logprobs) - OLD), 2.0)
@@ -132,7 +168,7 @@ def test_reinforce_is_minus_advantage_times_logprob():
     np.testing.assert_allclose(slope, -ADVANTAGES, rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss_fn", [clipped_policy_loss, cispo_loss, reinforce_loss, gspo_loss])
+@pytest.mark.parametrize("loss_fn", [clipped_policy_loss, cispo_loss, reinforce_loss, gspo_loss, clipped_sequence_loss])
 def test_a_mask_keeps_what_is_outside_out(loss_fn):
     """All policy losses are called alike; NaN outside the mask reaches neither value nor gradient."""
     mask = jnp.asarray(MASK)

@@ -94,6 +94,8 @@ def test_orpo():
     expected = -np.float64(CHOSEN) + 0.3 * nls(np.log(odds_ratio))
     np.testing.assert_allclose(orpo_loss(PAIRS[0], PAIRS[1], beta=0.3), expected, rtol=1e-5)
     np.testing.assert_allclose(orpo_loss(PAIRS[0], PAIRS[1], beta=0.0), -CHOSEN, rtol=1e-6)
+    of_the_odds = orpo_loss(PAIRS[0], PAIRS[1], beta=0.3, nll_coef=0.0)
+    np.testing.assert_allclose(of_the_odds, 0.3 * nls(np.log(odds_ratio)), rtol=1e-5)
 
 
 def test_orpo_survives_certainty():

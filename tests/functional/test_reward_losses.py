@@ -84,22 +84,22 @@ def test_extreme_scores_stay_finite():
     assert np.all(np.isfinite(jax.grad(lambda x: bradley_terry_loss(x, -far).sum())(far)))
 
 
-@pytest.mark.parametrize(("smoothing", "centering"), [(0.0, 0.0), (0.1, 0.01)])
-def test_pairwise_ranking(smoothing, centering):
+@pytest.mark.parametrize(("smoothing", "centering", "margin"), [(0.0, 0.0, 0.0), (0.1, 0.01, 0.4)])
+def test_pairwise_ranking(smoothing, centering, margin):
     expected = np.zeros(B)
     for b in range(B):
         terms = []
         for i, j in itertools.permutations(range(K), 2):
             if MASK[b, i] and MASK[b, j] and RANKS[b, i] < RANKS[b, j]:
                 winner, loser = SCORES[b, i], SCORES[b, j]
-                likelihood = (1 - smoothing) * bt(winner, loser) + smoothing * bt(loser, winner)
+                as_told, flipped = bt(winner, loser, margin), bt(loser, winner, margin)
+                likelihood = (1 - smoothing) * as_told + smoothing * flipped
                 terms.append(likelihood + centering * (winner + loser) ** 2)
         expected[b] = np.mean(terms) if terms else 0.0
     assert np.count_nonzero(expected) == B - 2  # one prompt of ties only, one with a single response
     scores = jnp.asarray(np.where(MASK, SCORES, np.nan))
-    found = pairwise_ranking_loss(
-        scores, jnp.asarray(RANKS), jnp.asarray(MASK), label_smoothing=smoothing, centering_coef=centering
-    )
+    options = {"margin": margin, "label_smoothing": smoothing, "centering_coef": centering}
+    found = pairwise_ranking_loss(scores, jnp.asarray(RANKS), jnp.asarray(MASK), **options)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

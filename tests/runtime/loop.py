@@ -16,7 +16,6 @@ import optax
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.functional.logprobs import token_logprobs
-from rlhf_jax.runtime import faults
 from rlhf_jax.runtime.fingerprint import fingerprint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import guarded, resumable
@@ -67,7 +66,7 @@ def main(argv):
             for step in range(kept.first_step, args.steps):
                 rows = batch_indices(SEED, step, num_examples=ROWS, batch_size=8)
                 noise = np.asarray(jax.random.key_data(jax.random.fold_in(root, step)))
-                batch = faults.hit("before_update", {**{name: x[rows] for name, x in data.items()}, "noise": noise})
+                batch = kept.batch(step, {**{name: x[rows] for name, x in data.items()}, "noise": noise})
                 state, metrics = train_step(state, batch)
                 metrics = kept.check(step, state, metrics, batch)
                 log.write(step, metrics, tokens=batch["tokens"].size)

@@ -147,7 +147,7 @@ def test_a_gradient_that_is_no_number_stops_before_its_update(tmp_path, untouche
     assert code == 1
     folder = tmp_path / "state" / "sft"
     message = f"sft step 6: not finite: grad/norm, loss. This step was not logged; the state after 6 steps is saved in {folder}"
-    assert f"FloatingPointError: {message}; its batch is in {tmp_path / 'bad_batch_6.npz'}. Fix: replay" in err
+    assert f"FloatingPointError: {message}; its batch is in {tmp_path / 'bad_batch_6.npz'}. Fix: see what" in err
     batch = load_batch(tmp_path / "bad_batch_6.npz")
     assert np.isnan(batch["weights"]).tolist() == [True] + [False] * 7
     assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == list(range(6))

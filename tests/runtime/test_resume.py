@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 
 from rlhf_jax.runtime import checkpoint
+from rlhf_jax.runtime.bad_batch import dump_batch
 from rlhf_jax.runtime.resume import guarded, resumable
 
 START = {"w": jnp.arange(3, dtype=jnp.float32)}
+STEP = jax.jit(guarded(lambda state, batch: ({"w": state["w"] + 1}, {"loss": batch["x"].sum()})))
 
 
-def steps(run, *, until, facts=None, force=False, save_every=2):
-    with resumable(run, "sft", START, save_every=save_every, facts=facts, force=force) as kept:
+def steps(run, *, until, save_every=2, bad=None, **options):
+    with resumable(run, "sft", START, save_every=save_every, **options) as kept:
         state = kept.state
         for step in range(kept.first_step, until):
-            state = {"w": state["w"] + 1}
-            kept.check(step, state, {"loss": jnp.float32(step)}, {})
+            batch = kept.batch(step, {"x": np.array([1, jnp.nan if step == bad else 2], np.float32)})
+            state, metrics = STEP(state, batch)
+            kept.check(step, state, metrics, batch)
             kept.finish(step, state)
     return kept.first_step, state
 
@@ -36,7 +39,7 @@ def test_other_facts_are_refused_or_recorded(tmp_path, capsys):
     steps(tmp_path, until=2, facts=facts)
     changed = {**facts, "tokenizer": "77d0"}
     with pytest.raises(
-        ValueError, match=r"state/sft step 2 was started with .*tokenizer: '9f2c' -> '77d0'\. Resume with"
+        ValueError, match=r"state/sft step 2 was started with .*tokenizer: '9f2c' -> '77d0'\. Fix: resume with"
     ):
         steps(tmp_path, until=4, facts=changed)
     assert steps(tmp_path, until=4, facts=changed, force=True)[0] == 2
@@ -60,6 +63,33 @@ def test_a_bad_metric_after_an_applied_update_saves_nothing_new(tmp_path):
         with pytest.raises(FloatingPointError, match="after 3 steps is saved"):
             kept.check(3, START, {"grad/finite": 0.0}, {"x": np.ones(2)})
         assert checkpoint.latest_step(tmp_path / "state" / "sft") == 3
+
+
+def test_the_bad_batch_is_played_again(tmp_path, capsys):
+    """It ends the process, 1 with what is wrong, 0 when nothing is, and writes nothing."""
+    with pytest.raises(
+        FloatingPointError, match=r"after 3 steps is saved.*--resume --replay .*bad_batch_3.npz"
+    ) as error:
+        steps(tmp_path, until=5, bad=3)
+    path = tmp_path / "bad_batch_3.npz"
+    assert str(path) in str(error.value)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        steps(tmp_path, until=5, replay=path)
+    assert end.value.code == 1
+    assert "sft step 3 replayed, nothing was written. Not finite: batch x at [[1]]; loss\n" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    dump_batch(tmp_path, 3, {"x": np.ones(2, np.float32)})
+    with pytest.raises(SystemExit) as end:
+        steps(tmp_path, until=5, replay=path)
+    assert end.value.code == 0
+    with pytest.raises(ValueError, match=r"is no bad_batch_STEP.npz of a run, nothing was played. Fix"):
+        steps(tmp_path, until=5, replay=tmp_path / "bad_batch_9.npz")
+    steps(tmp_path, until=5)
+    with pytest.raises(
+        ValueError, match=r"of step 3, the newest checkpoint in .* is before step 4: nothing was played. Fix"
+    ):
+        steps(tmp_path, until=5, replay=path)
 
 
 def test_a_guarded_step_returns_what_it_was_given():

@@ -128,7 +128,8 @@ def test_a_folder_below_a_file_is_told(tmp_path):
 def test_changed_facts_are_listed_and_can_be_forced():
     stored, wanted = {"data": {"rows": 40}, "tokenizer": "9f"}, {"data": {"rows": 41}, "tokenizer": "9f", "format": 2}
     with pytest.raises(
-        ValueError, match=r"here was started with .* data.rows: 40 -> 41; format: nothing -> 2. Resume with"
+        ValueError,
+        match=r"here was started with .* data.rows: 40 -> 41; format: nothing -> 2. Fix: resume with the first",
     ):
         refuse_changes("here", stored, wanted)
     assert refuse_changes("here", stored, wanted, force=True) == ["data.rows: 40 -> 41", "format: nothing -> 2"]

@@ -1,5 +1,7 @@
 """Members train as if alone, each on rows of its own; averaged weights need a common start."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,19 @@ import optax
 import pytest
 import tiny
 
+from rlhf_jax.functional import ensemble_mean, uncertainty_weighted, worst_case
 from rlhf_jax.models import transformer
 from rlhf_jax.models.heads import ensemble_scores, init_reward_head, sequence_scores
 from rlhf_jax.objectives import reward_model
-from rlhf_jax.training.ensembles import average_members, init_ensemble, make_ensemble_step, member_indices
+from rlhf_jax.training.ensembles import (
+    average_members,
+    init_ensemble,
+    make_ensemble_score_fn,
+    make_ensemble_step,
+    member_indices,
+)
 from rlhf_jax.training.train_step import init_train_state, make_train_step
-from rlhf_jax.types import RankingBatch
+from rlhf_jax.types import Frozen, Generation, RankingBatch
 
 M, N, LENGTH, BATCH, STEPS = 4, 256, 6, 32, 40
 OPTIMIZER = optax.adam(3e-3)
@@ -106,6 +115,26 @@ def test_members_are_scored_one_by_one(from_scratch):
     together = scores_of(params, ensemble_scores)
     alone = [scores_of(jax.tree.map(lambda x, m=m: x[m], params), sequence_scores) for m in range(M)]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [ensemble_mean, worst_case, partial(uncertainty_weighted, coef=0.3)])
+def test_a_reward_from_members_on_one_scale(from_scratch, rule):
+    """Each member in its own standard deviations first: a member a hundred times as loud changes nothing."""
+    params, num = from_scratch[0].params, 6
+    tokens = TEST.tokens[:num, 0]
+    rows = Generation(tokens, jnp.ones_like(tokens), tokens > 0, jnp.zeros(tokens.shape), jnp.arange(num) != 4)
+    raw = np.asarray(ensemble_scores(tiny.MODEL, params, tokens, rows.segment_ids), np.float64)
+    means, stds = raw.mean(axis=1), raw.std(axis=1)
+    score = make_ensemble_score_fn(tiny.MODEL, rule, missing_eos_penalty=0.5)
+    found = score(Frozen(None, params, jnp.asarray(means), jnp.asarray(stds)), rows)
+    z = (raw - means[:, None]) / stds[:, None]
+    expected = {ensemble_mean: z.mean(0), worst_case: z.min(0)}.get(rule, z.mean(0) - 0.3 * z.var(0))
+    expected[4] -= 0.5
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    gains = jnp.asarray([1.0, 100.0, 1.0, 1.0])
+    loud = {**params, "head": jax.tree.map(lambda x: x * gains.reshape(-1, *[1] * (x.ndim - 1)), params["head"])}
+    again = score(Frozen(None, loud, means * gains, stds * gains), rows)
+    np.testing.assert_allclose(again, found, rtol=1e-3, atol=1e-3)
 
 
 def test_averaged_weights_need_a_common_start(from_scratch, fit):

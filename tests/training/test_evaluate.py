@@ -2,11 +2,23 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from rlhf_jax.training.evaluate import evaluate, matched_win_rate, mean_interval, proportion_interval, win_rate
+from rlhf_jax.generation.generate import generate
+from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.training.evaluate import (
+    evaluate,
+    group_win_rate,
+    matched_win_rate,
+    mean_interval,
+    proportion_interval,
+    token_kl,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,64 @@ def test_only_equal_lengths_are_matched():
         matched_win_rate([1.0, 2.0], [0.0, 0.0], [1, 2], [2])
 
 
+def test_win_rate_of_groups_is_that_of_a_loop_over_pairs():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.integers(0, 4, (20, 3)), rng.integers(0, 4, (20, 2))
+    our_sizes, their_sizes = rng.integers(3, 6, (20, 3)), rng.integers(3, 8, (20, 2))
+    everything, equal = [], []
+    for i in range(20):
+        outcomes = [
+            ((a > b) + 0.5 * (a == b), n == m)
+            for a, n in zip(ours[i], our_sizes[i], strict=True)
+            for b, m in zip(theirs[i], their_sizes[i], strict=True)
+        ]
+        everything.append(np.mean([win for win, _ in outcomes]))
+        equal += [np.mean([win for win, same in outcomes if same])] if any(same for _, same in outcomes) else []
+    assert 0 < len(equal) < 20
+    np.testing.assert_allclose(group_win_rate(ours, theirs), proportion_interval(everything))
+    found = group_win_rate(ours, theirs, our_sizes=our_sizes, their_sizes=their_sizes)
+    np.testing.assert_allclose(found, proportion_interval(equal))
+    one = group_win_rate(ours[:, :1], theirs[:, :1])
+    np.testing.assert_allclose(one, win_rate(ours[:, 0], theirs[:, 0]))
+
+
+def test_token_kl_is_that_of_the_next_tokens_law():
+    """The policy against itself: 0. Against another: its mean over samples is k1's, with less noise."""
+    policy, other = (tiny.MODEL, tiny.init_params()), (tiny.MODEL, tiny.init_params(5))
+    prompts = jax.tree.map(lambda x: jnp.tile(x, (256, 1)), tiny.prompts())
+
+    @jax.jit
+    def measured(key):
+        options = {"max_new_tokens": 4, "eos_id": tiny.EOS, "pad_id": tiny.PAD, "temperature": 0.7}
+        out = generate(*policy, prompts, key, **options)
+        exact, none = (
+            token_kl(policy, reference, out.tokens, out.segment_ids, temperature=0.7) for reference in (other, policy)
+        )
+        ref = sequence_token_logprobs(*other, out.tokens, out.segment_ids, temperature=0.7)
+        return [jnp.where(out.completion_mask, x, 0.0).sum(axis=1) for x in (exact, out.logprobs - ref, none)]
+
+    exact, sampled, none = (np.float64(x) for x in measured(jax.random.key(0)))
+    np.testing.assert_allclose(none, 0, atol=1e-5)
+    error = (sampled - exact).std() / len(exact) ** 0.5
+    assert abs(exact.mean() - sampled.mean()) < 3 * error < 0.1 * exact.mean()
+    assert exact.std() < 0.7 * sampled.std()
+
+
+def test_token_kl_stands_at_its_token():
+    """Entry t is a sum over every token that could stand at t."""
+    row, t = jnp.asarray([5, 7, 3, 9]), 2
+    rows = jnp.tile(row, (tiny.VOCAB, 1)).at[:, t].set(jnp.arange(tiny.VOCAB))
+    models = [(tiny.MODEL, tiny.init_params(seed)) for seed in (0, 5)]
+
+    @jax.jit
+    def measured(rows):
+        ones = jnp.ones_like(rows)
+        return [sequence_token_logprobs(*model, rows, ones)[:, t] for model in models], token_kl(*models, rows, ones)
+
+    (ours, theirs), found = jax.tree.map(np.float64, measured(rows))
+    np.testing.assert_allclose(found[0, t], np.sum(np.exp(ours) * (ours - theirs)), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -59,6 +129,12 @@ def test_only_equal_lengths_are_matched():
         (lambda: mean_interval([1.0]), "two or more finite values, got 1 of 1"),
         (lambda: mean_interval([1.0, math.nan, 2.0]), "got 2 of 3"),
         (lambda: win_rate([1.0, 2.0], [1.0]), "must pair up"),
+        (lambda: group_win_rate([[1.0]], [[1.0], [2.0]]), r"of the same prompts, got \(1, 1\) and \(2, 1\)"),
+        (lambda: group_win_rate([[math.nan]], [[1.0]]), "not finite"),
+        (
+            lambda: group_win_rate([[1.0]], [[1.0]], our_sizes=[[1]], their_sizes=[[2]]),
+            "none of the 1 comparisons has two completions of equal length",
+        ),
         (lambda: win_rate([1.0, math.nan], [1.0, 0.0]), "1 of 2 comparisons have a score that is not finite"),
     ],
 )

@@ -1,6 +1,6 @@
 """The whole iteration: on-policy at the start, pure, vmappable, the same in pieces, and for models that are not ours."""
 
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -11,10 +11,12 @@ import pytest
 import tiny
 from flax import nnx
 
+from rlhf_jax.functional.aggregation import sequence_mean
+from rlhf_jax.functional.policy_losses import clipped_policy_loss
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.models.uncached import uncached_model
-from rlhf_jax.objectives import PolicyBatch, actor_critic, separate_critic, shared_critic
+from rlhf_jax.objectives import PolicyBatch, actor_critic, policy_gradient, separate_critic, shared_critic
 from rlhf_jax.runtime.metrics import check_finite
 from rlhf_jax.runtime.sharding import make_mesh, replicated, shard_batch
 from rlhf_jax.training.ppo import PPOBatch, init_ppo_state, make_ppo_iteration, make_ppo_update
@@ -41,16 +43,23 @@ def parts(model=tiny.MODEL, critic=None, optimizer=None, **update_options):
 ITERATION = jax.jit(make_ppo_iteration(*parts()))
 
 
+@jax.jit
 def fresh_state(seed=0):
     return init_ppo_state(tiny.init_params(seed), tiny.init_critic(), optax.adam(1e-2), kl_coef=0.1)
 
 
-def first_experience(model=tiny.MODEL, sizes=SIZES, width=5):
-    sample, score, experience, _ = parts(model)
-    state, frozen = fresh_state(), tiny.init_frozen()
-    generation = sample(state.params["policy"], tiny.prompts(sizes, width), jax.random.key(0))
+@jax.jit
+def rollout(state, frozen, prompts):
+    sample, score, experience, _ = parts()
+    generation = sample(state.params["policy"], prompts, jax.random.key(0))
     scores = score(frozen, generation)
-    return state, generation, *experience(state.params, frozen.ref_params, generation, scores, state.kl_coef)
+    return generation, *experience(state.params, frozen.ref_params, generation, scores, state.kl_coef)
+
+
+@cache
+def first_experience(width=5):
+    state = fresh_state()
+    return state, *rollout(state, tiny.init_frozen(), tiny.prompts(SIZES, width))
 
 
 def test_on_policy_before_the_first_update():
@@ -69,9 +78,9 @@ def test_on_policy_before_the_first_update():
 def test_scores_survive_as_floats():
     """A score of 0.7 is 0.7 on the last token, and the return of a one-token row."""
     state, generation, *_ = first_experience()
-    experience_fn = parts()[2]
-    scores = jnp.full((len(SIZES),), 0.7)
-    batch, metrics = experience_fn(state.params, state.params["policy"], generation, scores, jnp.asarray(0.0))
+    experience_fn = jax.jit(parts()[2])
+    scores = np.full((len(SIZES),), 0.7, np.float32)
+    batch, metrics = experience_fn(state.params, state.params["policy"], generation, scores, 0.0)
     np.testing.assert_allclose(metrics["objective/scores"], 0.7, rtol=1e-6)
     last = np.asarray(generation.completion_mask).cumsum(axis=1).argmax(axis=1)
     np.testing.assert_allclose(np.asarray(batch.returns)[np.arange(len(SIZES)), last], 0.7, rtol=1e-5)
@@ -86,7 +95,7 @@ def test_iteration_is_pure_and_moves():
     assert float(metrics["policy/first_approxkl"]) < 1e-6
     assert float(metrics["objective/entropy"]) >= 0
     assert all(np.isfinite(float(x)) for x in metrics.values())
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, fresh_state().params)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.params, fresh_state().params)
     assert min(jax.tree.leaves(moved)) > 0
 
 
@@ -110,9 +119,9 @@ def test_vmap_over_seeds_equals_a_loop():
     frozen, batch = tiny.init_frozen(), PPOBatch(tiny.prompts(SIZES))
     keys = jax.random.split(jax.random.key(1), 3)
     states = [fresh_state(seed) for seed in (0, 5, 6)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together, metrics = jax.jit(jax.vmap(make_ppo_iteration(*parts()), in_axes=(None, 0, None, 0)))(
-        frozen, stacked, batch, keys
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    together, metrics = jax.device_get(
+        jax.jit(jax.vmap(make_ppo_iteration(*parts()), in_axes=(None, 0, None, 0)))(frozen, stacked, batch, keys)
     )
     for i, state in enumerate(states):
         alone, alone_metrics = ITERATION(frozen, state, batch, keys[i])
@@ -123,27 +132,28 @@ def test_vmap_over_seeds_equals_a_loop():
 
 
 def test_completions_differ_between_iterations():
-    """Two iterations of one policy (learning rate 0): what they sampled, seen by the reward."""
-    sample, score, experience, update = parts(optimizer=optax.adam(0.0))
+    """Two iterations of one policy: the reward, which reads the completions alone, sees others."""
     seen = []
-
-    def spy(frozen, generation):
-        seen.append(generation.tokens)
-        return score(frozen, generation)
-
-    iteration, state = make_ppo_iteration(sample, spy, experience, update), fresh_state()
     for step in range(2):
         key = jax.random.fold_in(jax.random.key(0), step)
-        state, _ = iteration(tiny.init_frozen(), state, PPOBatch(tiny.prompts(SIZES)), key)
-    assert not np.array_equal(*seen)
+        _, metrics = ITERATION(tiny.init_frozen(), fresh_state(), PPOBatch(tiny.prompts(SIZES)), key)
+        seen.append(float(metrics["objective/scores"]))
+    assert seen[0] != seen[1]
+
+
+@jax.jit
+def iteration_with_a_score(third, *args):
+    """An iteration whose reward gives completion 3 a score that is told."""
+    sample, score, experience, update = parts()
+    return make_ppo_iteration(sample, lambda *args: score(*args).at[3].set(third), experience, update)(*args)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_changes_nothing_and_is_named(bad):
-    sample, score, experience, update = parts()
-    iteration = jax.jit(make_ppo_iteration(sample, lambda *args: score(*args).at[3].set(bad), experience, update))
     before = fresh_state()
-    after, metrics = iteration(tiny.init_frozen(), before, PPOBatch(tiny.prompts(SIZES)), jax.random.key(0))
+    after, metrics = iteration_with_a_score(
+        np.float32(bad), tiny.init_frozen(), before, PPOBatch(tiny.prompts(SIZES)), jax.random.key(0)
+    )
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     with pytest.raises(
         FloatingPointError, match=r"ppo step 0: not finite: the gradient.*objective/scores.*not applied"
@@ -166,30 +176,37 @@ def test_scores_of_a_python_reward_are_checked():
 def ptx_rows(num_rows):
     rng = np.random.default_rng(0)
     return SequenceBatch(
-        tokens=jnp.asarray(rng.integers(0, tiny.VOCAB, (num_rows, 7)).astype(np.int32)),
-        segment_ids=jnp.ones((num_rows, 7), jnp.int32),
-        loss_mask=jnp.asarray(np.tile(np.arange(7) >= 3, (num_rows, 1))),
+        tokens=rng.integers(0, tiny.VOCAB, (num_rows, 7)).astype(np.int32),
+        segment_ids=np.ones((num_rows, 7), np.int32),
+        loss_mask=np.tile(np.arange(7) >= 3, (num_rows, 1)),
     )
 
 
-def gradient(objective, params, batch, num_micro_batches=1):
+@cache
+def sgd_step(objective, num_micro_batches):
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_train_step(objective, optimizer, num_micro_batches=num_micro_batches))
-    return step(init_train_state(params, optimizer), batch)[0].params
+    step = make_train_step(objective, optimizer, num_micro_batches=num_micro_batches)
+    return jax.jit(lambda params, batch: step(init_train_state(params, optimizer), batch)[0].params)
+
+
+def gradient(objective, params, batch, num_micro_batches=1):
+    return sgd_step(objective, num_micro_batches)(params, batch)
 
 
 @pytest.mark.parametrize("critic", [separate_critic(tiny.MODEL), shared_critic], ids=["separate", "shared"])
 def test_micro_batches_and_devices_change_no_gradient(critic):
-    """With PPO-ptx mixed in, whose normaliser is another one."""
+    """Four of them on two devices at once, with PPO-ptx mixed in, whose normaliser is another one."""
     state, _, experience, _ = first_experience()
     objective = actor_critic(tiny.MODEL, critic, entropy_coef=0.01, temperature=0.7)
-    batch = PolicyBatch(experience, ptx_rows(8), jnp.full((8,), 0.3))
-    whole = gradient(objective, state.params, batch)
-    check = partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-6)
-    jax.tree.map(check, whole, gradient(objective, state.params, batch, 4))
+    batch = PolicyBatch(experience, ptx_rows(8), np.full((8,), 0.3, np.float32))
     mesh = make_mesh()
-    spread = gradient(objective, jax.device_put(state.params, replicated(mesh)), shard_batch(batch, mesh))
-    jax.tree.map(check, whole, spread)
+    assert mesh.shape["data"] == 2
+    params = jax.device_put(state.params, replicated(mesh))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=3e-6),
+        gradient(objective, state.params, batch),
+        gradient(objective, params, shard_batch(batch, mesh), num_micro_batches=4),
+    )
 
 
 def test_padding_changes_no_gradient():
@@ -204,15 +221,24 @@ def test_padding_changes_no_gradient():
     )
 
 
-def test_ptx_weight_is_relative_to_the_mean_losses():
-    """total / weight = mean PPO loss + ptx_coef * mean demonstration loss."""
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        (actor_critic(tiny.MODEL, separate_critic(tiny.MODEL)), {}),
+        (
+            policy_gradient(tiny.MODEL, clipped_policy_loss, aggregate=sequence_mean),
+            {"aggregate": sequence_mean},
+        ),
+    ],
+    ids=["over tokens", "over completions"],
+)
+def test_ptx_weight_is_relative_to_the_mean_losses(objective, options):
+    """total / weight = the policy's mean loss + ptx_coef * mean demonstration loss."""
     state, _, experience, _ = first_experience()
 
     def spy(train_state, batch):
-        total, weight, metrics = actor_critic(tiny.MODEL, separate_critic(tiny.MODEL))(train_state.params, batch)
-        plain, _, _ = actor_critic(tiny.MODEL, separate_critic(tiny.MODEL))(
-            train_state.params, PolicyBatch(batch.experience)
-        )
+        total, weight, metrics = objective(train_state.params, batch)
+        plain, _, _ = objective(train_state.params, PolicyBatch(batch.experience))
         ptx = metrics["loss/ptx_avg"]
         return train_state, {
             "gap": (total - plain) / weight,
@@ -221,8 +247,8 @@ def test_ptx_weight_is_relative_to_the_mean_losses():
             "grad/finite": jnp.ones(()),
         }
 
-    update = make_ppo_update(spy, num_epochs=1, num_minibatches=1, ptx_coef=2.5)
-    _, metrics = update(state, experience, ptx_rows(8), jnp.zeros(()), jax.random.key(0))
+    update = make_ppo_update(spy, num_epochs=1, num_minibatches=1, ptx_coef=2.5, **options)
+    _, metrics = jax.jit(update)(state, experience, ptx_rows(8), jnp.zeros(()), jax.random.key(0))
     np.testing.assert_allclose(metrics["gap"], 2.5 * metrics["ptx"], rtol=1e-4)
 
 
@@ -234,10 +260,8 @@ def test_pieces_with_a_python_reward_raise_it():
     for step in range(25):
         key = jax.random.fold_in(jax.random.key(0), step)
         generation = sample(state.params["policy"], prompts, key)
-        rows = [
-            np.asarray(t)[np.asarray(m)] for t, m in zip(generation.tokens, generation.completion_mask, strict=True)
-        ]
-        scores = jnp.asarray([float(np.mean(row == 7)) for row in rows])
+        rows = zip(*jax.device_get((generation.tokens, generation.completion_mask)), strict=True)
+        scores = np.float32([np.mean(tokens[mask] == 7) for tokens, mask in rows])
         rewards.append(float(scores.mean()))
         batch, metrics = experience_fn(state.params, ref, generation, scores, state.kl_coef)
         state, _ = update(state, batch, None, metrics["objective/kl"], key)
@@ -266,12 +290,13 @@ class NNXNetwork(nnx.Module):
 
 def linen_case():
     network = LinenNetwork()
-    params = network.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
+    params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, 2), np.int32), np.ones((1, 2), np.int32))
     return params, lambda params, tokens, positions, segment_ids: network.apply(params, tokens, segment_ids)
 
 
 def nnx_case():
-    graph, params = nnx.split(NNXNetwork(nnx.Rngs(0)))
+    params = jax.jit(lambda: nnx.split(NNXNetwork(nnx.Rngs(0)))[1])()
+    graph, _ = nnx.split(nnx.eval_shape(lambda: NNXNetwork(nnx.Rngs(0))))
     return params, lambda params, tokens, positions, segment_ids: nnx.merge(graph, params)(tokens, segment_ids)
 
 

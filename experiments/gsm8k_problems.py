@@ -1,0 +1,71 @@
+"""GSM8K's questions as prompts, and the rewards of `gsm8k.py`: texts in, numbers out."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+
+import rlhf_jax as rl
+from rlhf_jax.data.batching import prompt_batch
+from rlhf_jax.data.chat import encode_prompts
+from rlhf_jax.data.json_lines import read_json_lines
+from rlhf_jax.data.prompts import read_prompts
+from rlhf_jax.data.records import Message
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.runtime import faults
+from rlhf_jax.training.verifiable import make_exact_number, make_full_match
+from rlhf_jax.types import PromptBatch
+
+FORM = re.compile(r".*#### ?-?\$?[\d,]+(\.\d+)?\s*", re.DOTALL)
+"""An answer that ends in `#### NUMBER`."""
+REWARDS = {"exact": make_exact_number(), "form": make_full_match(FORM)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+    """Questions, and what the rewards are told of them."""
+
+    prompts: PromptBatch
+    ids: list[str]
+    questions: list[str]
+    answers: list[str]
+
+
+def load(path: Path, tokenizer: Tokenizer, *, instruction: str, length: int, most: int | None = None) -> Problems:
+    """The first `most` questions of a file, the instruction behind each, that fit into so many tokens."""
+    answers = {record["id"]: record["answer"] for _, record in read_json_lines(path)}
+    records, report = read_prompts(path)
+    asked = [
+        dataclasses.replace(r, prompt=(*r.prompt[:-1], Message("user", r.prompt[-1].content + instruction)))
+        for r in records
+    ]
+    rows = [pair for pair in zip(asked, encode_prompts(tokenizer, asked), strict=True) if len(pair[1]) <= length]
+    print(f"{path.name}: {report}; {len(rows)} of them fit into {length} tokens")
+    if not rows:
+        raise ValueError(f"{path}: no question fits into {length} tokens. Fix: a larger --prompt-length")
+    asked, ids = zip(*rows[:most], strict=True)
+    return Problems(
+        prompt_batch(ids, length=length, pad_id=tokenizer.pad_id, vocab_size=tokenizer.vocab_size),
+        [record.id for record in asked],
+        [record.prompt[-1].content for record in asked],
+        [answers[record.id] for record in asked],
+    )
+
+
+def score(problems: Problems, rows: np.ndarray, texts: list[str], **options) -> rl.Scored:
+    """Every reward of every completion; `rows` says to which problem each belongs. Visits the fault point `reward`."""
+    rewards = {name: functools.partial(_visited, function) for name, function in REWARDS.items()}
+    return rl.score_completions(
+        rewards,
+        [problems.questions[i] for i in rows],
+        texts,
+        columns={"answer": [problems.answers[i] for i in rows]},
+        ids=[problems.ids[i] for i in rows],
+        **options,
+    )
+
+
+def _visited(function: rl.RewardFn, prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    return faults.hit("reward", function(prompts, completions, **columns))
