@@ -56,9 +56,8 @@ def load(path: Path, tokenizer: Tokenizer, *, instruction: str, length: int, mos
 
 def score(problems: Problems, rows: np.ndarray, texts: list[str], **options) -> rl.Scored:
     """Every reward of every completion; `rows` says to which problem each belongs. Visits the fault point `reward`."""
-    rewards = {name: functools.partial(_visited, function) for name, function in REWARDS.items()}
     return rl.score_completions(
-        rewards,
+        {name: _visited(function) for name, function in REWARDS.items()},
         [problems.questions[i] for i in rows],
         texts,
         columns={"answer": [problems.answers[i] for i in rows]},
@@ -67,5 +66,9 @@ def score(problems: Problems, rows: np.ndarray, texts: list[str], **options) -> 
     )
 
 
-def _visited(function: rl.RewardFn, prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    return faults.hit("reward", function(prompts, completions, **columns))
+def _visited(function: rl.RewardFn) -> rl.RewardFn:
+    @functools.wraps(function)
+    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        return faults.hit("reward", function(prompts, completions, **columns))
+
+    return reward

@@ -102,19 +102,40 @@ def rows(seed=0):
     return tokens * (columns < ends), (columns < ends).astype(np.int32), (columns >= prompts) & (columns < ends)
 
 
+def arrays(batch):
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def like(change, batch):
+    """`change` of every array, as numpy: an operation of JAX of its own is a compilation of its own."""
+    return arrays(jax.tree.map(lambda x: change(np.asarray(x)), batch))
+
+
 TOKENS, SEGMENTS, MASK = (jnp.asarray(x) for x in rows())
-OLD, REF = (jnp.where(MASK, logprobs_of(params, TOKENS, SEGMENTS), 0.0) for params in (POLICY, REFERENCE))
+OLD, REF = (
+    jnp.asarray(np.where(MASK, logprobs_of(params, TOKENS, SEGMENTS), np.float32(0))) for params in (POLICY, REFERENCE)
+)
 SCORES = jnp.asarray(np.random.default_rng(1).normal(size=B).astype(np.float32))
-REWARDS = {coef: shape_rewards(SCORES, OLD, REF, MASK, kl_coef=coef) for coef in (0.0, 0.1)}
-UNEVEN = MASK & (jnp.arange(B) != 5)[:, None]  # so that two micro-batches are not of one weight
-GENERATION = Generation(TOKENS, SEGMENTS, MASK, OLD, jnp.ones(B, bool))
+REWARDS = {coef: jax.jit(partial(shape_rewards, kl_coef=coef))(SCORES, OLD, REF, MASK) for coef in (0.0, 0.1)}
+UNEVEN = like(lambda mask: mask & (np.arange(B) != 5)[:, None], MASK)  # so that two micro-batches are not of one weight
+GENERATION = Generation(TOKENS, SEGMENTS, MASK, OLD, jnp.asarray(np.ones(B, bool)))
 DEMONSTRATIONS = SequenceBatch(TOKENS, SEGMENTS, MASK)
 
 
-def experience(advantages_fn, kl_coef=0.0, mask=MASK):
-    return PolicyBatch(Experience(TOKENS, SEGMENTS, mask, OLD, advantages_fn(REWARDS[kl_coef], MASK), ref_logprobs=REF))
+@functools.cache
+def of_a_group(signal):
+    return partial(signal, group_size=G) if "group_size" in inspect.signature(signal).parameters else signal
 
 
+@functools.cache
+def advantages_of(signal, kl_coef):
+    """`signal` is a function of completions' scores, or of tokens' rewards: its first argument says which."""
+    arguments = list(inspect.signature(signal).parameters)
+    advantages_fn = per_completion(signal) if arguments[0] in ("scores", "advantages") else signal
+    return jax.jit(advantages_fn)(REWARDS[kl_coef], MASK)
+
+
+@jax.jit
 def ppo_experience():
     values = jnp.where(MASK, jnp.asarray(np.random.default_rng(2).normal(size=(B, T)).astype(np.float32)), 0.0)
     advantages, returns = gae(REWARDS[0.1], values, MASK)
@@ -148,17 +169,13 @@ def steps():
     return StepBatch(TOKENS, SEGMENTS, jnp.asarray(rng.random((B, T)).astype(np.float32)), jnp.asarray(ends))
 
 
-def arrays(batch):
-    return jax.tree.map(jnp.asarray, batch)
-
-
 PAIRS = with_reference(arrays(jax.tree.map(lambda x: x[:8], ranked_pairs(rankings()))))
 assert len(PAIRS.mask) == 8
 LABELLED = arrays(labelled_rows(jax.tree.map(np.asarray, PAIRS.replace(ref_logprobs=None)), pad_id=tiny.PAD))
-LABELLED = with_reference(jax.tree.map(lambda x: x[::2], LABELLED).replace(desirable=jnp.arange(8) % 3 > 0))
-PAIRS = PAIRS.replace(mask=jnp.arange(8) != 5)  # so that two micro-batches are not of one weight
-ONLINE = jax.tree.map(lambda x: jnp.tile(x, (2,) + (1,) * (x.ndim - 1)), best_and_worst(GENERATION, SCORES))
-ONLINE = with_reference(ONLINE.replace(mask=jnp.arange(8) != 2))  # a tie
+LABELLED = with_reference(like(lambda x: x[::2], LABELLED).replace(desirable=jnp.asarray(np.arange(8) % 3 > 0)))
+PAIRS = PAIRS.replace(mask=jnp.asarray(np.arange(8) != 5))  # so that two micro-batches are not of one weight
+ONLINE = like(lambda x: np.concatenate([x, x]), jax.jit(best_and_worst)(GENERATION, SCORES))
+ONLINE = with_reference(ONLINE.replace(mask=jnp.asarray(np.arange(8) != 2)))  # a tie
 
 
 class Shown(NamedTuple):
@@ -212,11 +229,10 @@ def group(
     demonstrations=(),
     **options,
 ):
-    """`signal` is a function of completions' scores, or of tokens' rewards: its first argument says which."""
-    arguments = list(inspect.signature(signal).parameters)
-    signal = partial(signal, group_size=G) if "group_size" in arguments else signal
-    advantages_fn = per_completion(signal) if arguments[0] in ("scores", "advantages") else signal
-    batch = PolicyBatch(experience(advantages_fn, kl_in_reward, mask).experience, *demonstrations)
+    signal = of_a_group(signal)
+    advantages = advantages_of(signal, kl_in_reward)
+    experience = Experience(TOKENS, SEGMENTS, mask, OLD, advantages, ref_logprobs=REF)
+    batch = PolicyBatch(experience, *demonstrations)
     losses = (loss_fn, aggregate, *([options["kl_fn"]] if "kl_fn" in options else []))
     shown = Shown(policy_gradient, (signal,), losses, paper, script and f"grpo.py --grpo.{script}", kl_in_reward > 0)
     objective = objective_of(loss_fn, aggregate, **options)
@@ -318,7 +334,7 @@ CASES = {
     "ReMax": group("Li et al. 2023", "method remax", reinforce_loss, SUM, minus_greedy, kl_in_reward=0.1),
     "RAFT": Case(
         of_policy(sft(MODEL)),
-        jax.tree.map(lambda x: jnp.concatenate([x, x]), best_of_group(GENERATION, SCORES, group_size=G)),
+        like(lambda x: np.concatenate([x] * G), jax.jit(of_a_group(best_of_group))(GENERATION, SCORES)),
         {"policy": POLICY},
         Shown(sft, (best_of_group,), (sft,), "Dong et al. 2023", "grpo.py --grpo.method raft"),
     ),
@@ -425,7 +441,7 @@ def test_loss_and_gradient_are_finite_and_there(name):
     assert all(np.isfinite(x) for pair in metrics.values() for x in pair)
     leaves = jax.tree.leaves(gradient)
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
-    assert max(float(jnp.abs(leaf).max()) for leaf in leaves) > 1e-3
+    assert max(np.abs(leaf).max() for leaf in leaves) > 1e-3
 
 
 @every_method
@@ -451,20 +467,21 @@ def test_micro_batches_and_devices_change_nothing(name):
     step = compiled_step(case.objective, case.num_micro_batches)
     start = init_train_state(jax.device_put(case.params, replicated(mesh)), optimizer)
     state, metrics = step(start, shard_batch(case.batch, mesh))
-    (total, (weight, _)), gradient = outcome(name)
+    (total, (weight, _)), gradient = jax.device_get(outcome(name))
     close(metrics["loss"], total / weight)
-    scale = max(1.0, max(float(jnp.abs(leaf).max() / weight) for leaf in jax.tree.leaves(gradient)))
+    scale = max(1.0, max(np.abs(leaf).max() / weight for leaf in jax.tree.leaves(gradient)))
 
     def same(new, old, g):
         close(new, old - g / weight, atol=3e-6 * scale)
 
-    jax.tree.map(same, state.params, case.params, gradient)
+    jax.tree.map(same, *jax.device_get((state.params, case.params)), gradient)
 
 
 def test_kto_alone_depends_on_the_split():
     """Why it is exempt: halves of a batch have reference points of their own."""
-    halves = [jax.tree.map(lambda x, at=at: x[at], LABELLED) for at in (slice(0, 4), slice(4, 8))]
-    totals = [CASES["KTO"].objective(POLICY, half)[0] for half in halves]
+    halves = [like(lambda x, at=at: x[at], LABELLED) for at in (slice(0, 4), slice(4, 8))]
+    objective = jax.jit(CASES["KTO"].objective)
+    totals = [objective(POLICY, half)[0] for half in halves]
     assert abs(float(sum(totals)) - float(outcome("KTO")[0][0])) > 1e-5
 
 
@@ -525,7 +542,7 @@ def test_the_reference_is_data_and_read_only_where_the_method_has_one(name):
     if batch.ref_logprobs is None:
         assert name not in WITH_REFERENCE
         return
-    moved = batch.replace(ref_logprobs=0.5 * batch.ref_logprobs)
+    moved = batch.replace(ref_logprobs=like(lambda x: np.float32(0.5) * x, batch.ref_logprobs))
     moved = case.batch.replace(experience=moved) if isinstance(case.batch, PolicyBatch) else moved
     (total, _), _ = compiled(name)(case.params, moved)
     assert (float(total) != float(outcome(name)[0][0])) == (name in WITH_REFERENCE)
@@ -534,15 +551,17 @@ def test_the_reference_is_data_and_read_only_where_the_method_has_one(name):
 @every_method
 def test_a_few_steps_improve(name):
     """Rollouts: likelier where the advantage is positive, by Σ A log(new / old). Others: the loss falls."""
-    case, params = CASES[name], CASES[name].params
+    case, params = CASES[name], jax.device_get(CASES[name].params)
     for _ in range(6):
-        (_, (weight, _)), gradient = compiled(name)(params, case.batch)
-        size = optax.tree.norm(gradient) + 1e-9  # 0 once all is clipped
-        params = jax.tree.map(lambda p, g, size=size: p - 0.05 * g / size, params, gradient)
+        (_, (weight, _)), gradient = jax.device_get(compiled(name)(params, case.batch))
+        size = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
+        size += np.float32(1e-9)  # 0 once all is clipped
+        params = jax.tree.map(lambda p, g, size=size: p - np.float32(0.05) * g / size, params, gradient)
     if isinstance(case.batch, PolicyBatch):
-        data = case.batch.experience
-        gain = jnp.where(data.mask, logprobs_of(params["policy"], TOKENS, SEGMENTS) - OLD, 0.0) * data.advantages
-        assert float(case.on_policy(gain, data.mask)[0] if case.on_policy else gain.sum()) > 0
+        data = jax.device_get(case.batch.experience)
+        gain = logprobs_of(params["policy"], TOKENS, SEGMENTS) - np.asarray(OLD)
+        gain = jnp.asarray(np.where(data.mask, gain, np.float32(0)) * data.advantages)
+        assert float(case.on_policy(gain, jnp.asarray(data.mask))[0] if case.on_policy else gain.sum()) > 0
     else:
         (total, _), _ = compiled(name)(params, case.batch)
         assert float(total / weight) < float(outcome(name)[0][0] / outcome(name)[0][1][0])
@@ -614,9 +633,9 @@ def test_what_cannot_be_meant_is_refused():
         policy_gradient(MODEL, clipped_policy_loss, kl_coef=0.1, kl_fn=k1)
     bare = PolicyBatch(case.batch.experience.replace(ref_logprobs=None))
     with pytest.raises(ValueError, match="the experience has no ref_logprobs"):
-        CASES["GRPO, KL in the loss"].objective(case.params, bare)
+        jax.eval_shape(CASES["GRPO, KL in the loss"].objective, case.params, bare)
     with pytest.raises(ValueError, match="the batch has no ref_logprobs"):
-        CASES["DPO"].objective(POLICY, PAIRS.replace(ref_logprobs=None))
+        jax.eval_shape(CASES["DPO"].objective, POLICY, PAIRS.replace(ref_logprobs=None))
 
 
 def test_metrics_of_preferences_have_their_usual_meaning():

@@ -102,7 +102,7 @@ def test_a_reward_that_fails_leaves_the_state_and_the_run_goes_on_as_if_nothing_
     with faults.injected("reward@5=raise"), pytest.raises(rl.RewardError) as caught:
         gsm8k.main(again)
     text = str(caught.value)
-    assert "grpo step 1: reward 'exact' (_visited) raised InjectedFaultError" in text
+    assert "grpo step 1: reward 'exact' (make_exact_number.<locals>.exact_number) raised InjectedFaultError" in text
     assert "The state after 1 steps is saved in" in text
     assert checkpoint.latest_step(again.run / "state" / "grpo") == 1
     resumed = gsm8k.main(dataclasses.replace(again, resume=True))

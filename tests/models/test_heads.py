@@ -1,5 +1,7 @@
 """Scalar heads: their initial laws, and scores read at the last real token wherever the padding is."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +31,10 @@ def test_score_is_read_at_the_last_real_token():
     params = {"trunk": tiny.init_params(), "head": init_reward_head(jax.random.key(1), tiny.CONFIG.model_dim)}
     row = [3, 7, 2, 9]
 
+    score_rows = jax.jit(partial(sequence_scores, tiny.MODEL))
+
     def score(tokens, segments):
-        return float(sequence_scores(tiny.MODEL, params, jnp.asarray([tokens]), jnp.asarray([segments]))[0])
+        return float(score_rows(params, np.asarray([tokens]), np.asarray([segments]))[0])
 
     alone = score(row, [1] * 4)
     assert abs(score([0, 0, *row], [0, 0, 1, 1, 1, 1]) - alone) < 1e-5

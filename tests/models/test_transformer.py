@@ -1,6 +1,7 @@
 """The transformer against an independent numpy forward, and by its laws: causal, padding-blind, cached = uncached."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ def numpy_forward(params, config, tokens):
     return norm(x, w["final_norm"]) @ matrix.T
 
 
+@partial(jax.jit, static_argnames="config")
 def logits_of(params, config, tokens, segment_ids):
     hidden, _ = transformer.hidden(params, config, tokens, positions_from_segments(segment_ids), segment_ids)
     return transformer.unembed(params, config, hidden)
@@ -73,7 +75,9 @@ def test_causal_by_gradient():
     positions, segments = jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32)
     embedded = jnp.eye(tiny.VOCAB)[jnp.asarray([3, 7, 2, 9, 11, 5])]
 
-    def logit_sum(soft_tokens, at):
+    @jax.jit
+    @jax.grad
+    def gradient(soft_tokens, at):
         # Tokens as rows of one-hots: position t gets the embedding soft_tokens[t] @ E through an appended vocabulary.
         own = {**params, "embedding": jnp.concatenate([params["embedding"], soft_tokens @ params["embedding"]])}
         ids = (tiny.VOCAB + jnp.arange(6))[None]
@@ -81,7 +85,7 @@ def test_causal_by_gradient():
         return hidden[0, at].sum()
 
     for at in range(6):
-        grads = np.abs(np.asarray(jax.grad(logit_sum)(embedded, at))).sum(axis=-1)
+        grads = np.abs(np.asarray(gradient(embedded, at))).sum(axis=-1)
         assert np.all(grads[: at + 1] > 0), at
         assert np.all(grads[at + 1 :] == 0), at
 
@@ -108,28 +112,36 @@ def test_cached_equals_uncached():
     tokens = jnp.asarray([[0, 0, 3, 7, 2, 9, 4], [5, 6, 3, 8, 2, 1, 4]])
     segments = jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
     positions = positions_from_segments(segments)
-    whole, _ = transformer.hidden(params, tiny.CONFIG, tokens, positions, segments)
-    cache = transformer.init_cache(tiny.CONFIG, 2, 9)
-    parts, start = [], 0
-    for size in (4, 1, 2):  # a prefill, a decode step, a chunk
-        cut = slice(start, start + size)
-        part, cache = transformer.hidden(
-            params, tiny.CONFIG, tokens[:, cut], positions[:, cut], segments[:, cut], cache
-        )
-        parts.append(part)
-        start += size
+
+    @jax.jit
+    def both(params):
+        whole, _ = transformer.hidden(params, tiny.CONFIG, tokens, positions, segments)
+        cache = transformer.init_cache(tiny.CONFIG, 2, 9)
+        parts, start = [], 0
+        for size in (4, 1, 2):  # a prefill, a decode step, a chunk
+            cut = slice(start, start + size)
+            part, cache = transformer.hidden(
+                params, tiny.CONFIG, tokens[:, cut], positions[:, cut], segments[:, cut], cache
+            )
+            parts.append(part)
+            start += size
+        return whole, jnp.concatenate(parts, axis=1)
+
+    whole, parts = jax.device_get(both(params))
     mask = np.asarray(segments) > 0
-    np.testing.assert_allclose(np.concatenate(parts, 1)[mask], np.asarray(whole)[mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(parts[mask], whole[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_remat_changes_no_gradient():
     params, tokens, segments = tiny.init_params(), jnp.asarray([[3, 7, 2, 9]]), jnp.ones((1, 4), jnp.int32)
 
-    def loss(params, config):
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, config):
         return jnp.square(logits_of(params, config, tokens, segments)).sum()
 
-    plain = jax.grad(loss)(params, tiny.CONFIG)
-    remat = jax.grad(loss)(params, dataclasses.replace(tiny.CONFIG, remat=True))
+    plain = gradient(params, tiny.CONFIG)
+    remat = gradient(params, dataclasses.replace(tiny.CONFIG, remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
 
 

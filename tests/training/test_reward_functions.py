@@ -144,6 +144,18 @@ def test_where_no_completion_is_left_the_run_stops_all_the_same():
         score_completions(halves, PROMPTS, TEXTS, **options)
 
 
+def test_trying_one_by_one_ends_with_the_first_that_fails_where_failures_stop():
+    sizes = []
+
+    def counted(prompts, completions):
+        sizes.append(len(completions))
+        return broken(fail)(prompts, completions)
+
+    with pytest.raises(RewardError, match="row 1 of 4, prompt 1: "):
+        score_completions({"x": counted}, PROMPTS, ["a", "bad", "bad", "a"])
+    assert sizes == [4, 1, 1]
+
+
 def test_trying_one_by_one_ends_when_everything_hangs():
     start = time.monotonic()
     options = {"time_limit": LIMIT, "mask_failures": True}
