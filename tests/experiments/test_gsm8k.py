@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 
 import gsm8k
 import gsm8k_problems
@@ -17,7 +18,7 @@ from rlhf_jax.data.tokenizers import byte_tokenizer, save_tokenizer
 from rlhf_jax.models import huggingface
 from rlhf_jax.runtime import checkpoint, faults
 from rlhf_jax.runtime.runs import read_json_lines
-from rlhf_jax.training.verifiable import final_number
+from rlhf_jax.training.verifiable import final_number, make_full_match
 
 NETWORK = rl.TransformerConfig(
     vocab_size=259, num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
@@ -61,6 +62,15 @@ def config(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _a_form_that_bytes_by_chance_have():
+    """A random model never writes `####`: with rewards that are all 0, nothing would be learned."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(gsm8k_problems.REWARDS, "form", make_full_match(re.compile(r"[\x00-\x7f].*", re.DOTALL)))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="module")
 def report(config):
     return gsm8k.main(config)
@@ -74,6 +84,7 @@ def test_files_and_figures_follow_from_the_samples(config, report, capsys):
     assert [row["id"] for row in rows[:16]] == [row["id"] for row in rows[16:]] == ids[:16]
     for row in rows:
         assert row["right"] == float(final_number(row["completion"]) == final_number(row["answer"]))
+        assert row["answer"] == f"{int(row['id'].removeprefix('made/')) + 1:,}"
         assert row["question"].endswith(" and 1? Reply ####")
     for when in ("before", "after"):
         right = [row["right"] for row in rows if row["when"] == when]
@@ -89,6 +100,7 @@ def test_metrics_name_every_reward(config, report):
     for name in ("exact", "form"):
         assert all({f"reward/{name}", f"reward/{name}_std"} <= set(row) for row in rows)
         assert all(row[f"reward/{name}_failed"] == 0 for row in rows)
+    assert all(0 < row["reward/form"] < 1 for row in rows)
     for row in rows:
         expected = row["reward/exact"] + config.form_weight * row["reward/form"]
         assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
@@ -111,6 +123,8 @@ def test_a_reward_that_fails_leaves_the_state_and_the_run_goes_on_as_if_nothing_
         checkpoint.restore(c.run / "grpo", rl.transformer.init(jax.random.key(1), NETWORK)) for c in (config, again)
     ]
     jax.tree.map(np.testing.assert_array_equal, *final)
+    start = huggingface.load(config.model).params
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), final[0], start)))
 
 
 def test_a_reward_that_hangs_is_masked_where_that_is_chosen(config, tmp_path):
