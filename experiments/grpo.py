@@ -194,12 +194,14 @@ def main(config: Config) -> None:
     reward_params, mean, std = reward_model.load(run, network, tokenizer)
     frozen = rl.Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
+    demonstrations = None
     if settings.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
     optimizer, iteration = build(settings, config, network, tokenizer)
     state = rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef)
     mesh, root, name = rl.make_mesh(), jax.random.key(config.seed), settings.method
-    keep, same = task.keeper(config), facts(settings, seed=config.seed, data=prompts, frozen=frozen)
+    keep, data = task.keeper(config), (prompts, demonstrations)
+    same = facts(settings, seed=config.seed, data=data, frozen=frozen)
     with (
         keep(name, state, save_every=settings.save_every, facts=same) as kept,
         MetricLog(kept.log_to, name, settings.num_iterations, show=SHOW, first_step=kept.first_step) as log,
@@ -221,7 +223,7 @@ def main(config: Config) -> None:
     forget(run, name)
     if config.data is None:
         print(gold_line(config, run, params))
-    print(f"policy saved in {run / settings.method}")
+    print(f"policy saved in {run / name}")
 
 
 if __name__ == "__main__":

@@ -171,8 +171,9 @@ def main(config: Config) -> dict:
         raise SystemExit(
             "--model (a folder of weights and tokenizer) and --data-dir (with verifiable/) are both needed"
         )
-    run, name = open_run(config.run, config, resume=config.resume, force=config.force), config.grpo.method
-    with locked(run):
+    name = config.grpo.method
+    with locked(config.run):
+        run = open_run(config.run, config, resume=config.resume, force=config.force)
         refuse_again(run, name, resume=config.resume)
         note_command(run)
         tokenizer, network, policy = sft.take_up(config)
