@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-import grpo
 import jax
 import judge
 import reward_model
@@ -173,14 +172,14 @@ def main(config: Config) -> None:
         options = {"seed": config.seed + number, "keep": task.keeper(config), "stage": stage}
         params = train(settings, network, params, data, **options)
         if number < settings.num_rounds - 1:
-            print(f"round {number + 1}: {grpo.gold_line(config, run, params)}")
+            print(f"round {number + 1}: {judge.gold_line(config, run, params)}")
     checkpoint.save(run / settings.method, 0, params, notes={"tokenizer": tokenizer.fingerprint})
     for stage in stages:
         forget(run, stage)
     result = rl.evaluate(build_objective(settings, network))(params, sft.batches(held_out, 64))
     print("held out: " + ", ".join(f"{name} {value:.3f}" for name, value in sorted(result.items())))
     if config.data is None:
-        print(grpo.gold_line(config, run, params))
+        print(judge.gold_line(config, run, params))
     print(f"policy saved in {run / settings.method}")
 
 

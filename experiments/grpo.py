@@ -12,14 +12,12 @@ sampling others, and has no leash: its KL is what it is.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import judge
 import ppo
-import report
 import reward_model
 import sampling
 import sft
@@ -34,7 +32,6 @@ from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.runtime.runs import locked
 from rlhf_jax.training.optimizers import linear_anneal
-from rlhf_jax.types import Params
 
 SHOW = {"objective/scores": "score", "objective/kl": "KL", "response/len_mean": "length"}
 
@@ -134,32 +131,18 @@ def choosing(config: GRPOConfig, model: rl.CausalModel, optimizer):
     return make_experience_fn(model, group_size=config.group_size, temperature=config.temperature), update_fn
 
 
-def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerConfig, tokenizer: Tokenizer):
-    """The optimiser and the jitted iteration."""
-    model, method = rl.causal_model(network), methods(config, lengths.response_length).get(config.method)
-    steps, temperature = config.num_epochs * config.num_minibatches, {"temperature": config.temperature}
-    schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
-    optimizer, is_dapo = rl.ppo_optimizer(schedule), config.method == "dapo"
-    options = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "num_samples": config.group_size}
-    sampler = partial(sampling.sampler, lengths, model, **options)
-    sample_fn = sampler(**temperature)
-    score_fn = rl.make_score_fn(model, missing_eos_penalty=0.0 if is_dapo else config.missing_eos_penalty)
-    if is_dapo:  # its penalty grows over the last fifth of the tokens
-        length = lengths.response_length
-        score_fn = rl.with_overlong_penalty(score_fn, max_length=length, buffer=max(length // 5, 1))
-    if method is None:
-        iteration = rl.make_ppo_iteration(sample_fn, score_fn, *choosing(config, model, optimizer))
-        return optimizer, jax.jit(guarded(iteration, state_at=1), donate_argnums=1)
+def learning(config: GRPOConfig, method: Method, model: rl.CausalModel, optimizer):
+    """Experience and update of the methods that `methods` knows."""
+    temperature = {"temperature": config.temperature}
     experience_fn = rl.make_policy_experience_fn(
         model,
         method.advantages_fn,
         kl_in_reward=method.kl_in_reward,
         group_size=config.group_size,
-        drop_zero_spread=is_dapo,
+        drop_zero_spread=config.method == "dapo",
         **temperature,
     )
     if config.method == "remax":
-        sample_fn = rl.with_greedy(sample_fn, sampler(temperature=0.0))
         experience_fn = rl.make_remax_experience_fn(model, **temperature)
     kl_coef = config.kl_coef if method.kl_in_loss else 0.0
     objective = rl.policy_gradient(model, method.loss_fn, aggregate=method.aggregate, kl_coef=kl_coef, **temperature)
@@ -172,17 +155,33 @@ def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerC
         ptx_coef=config.ptx_coef,
         aggregate=method.aggregate,
     )
-    iteration = rl.make_ppo_iteration(sample_fn, score_fn, experience_fn, update_fn)
+    return experience_fn, update_fn
+
+
+def annealed_optimizer(config: GRPOConfig):
+    """Adam whose learning rate falls to 0 over the run."""
+    steps = config.num_epochs * config.num_minibatches
+    return rl.ppo_optimizer(
+        linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
+    )
+
+
+def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerConfig, tokenizer: Tokenizer):
+    """The optimiser and the jitted iteration."""
+    model, method = rl.causal_model(network), methods(config, lengths.response_length).get(config.method)
+    optimizer, is_dapo = annealed_optimizer(config), config.method == "dapo"
+    options = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "num_samples": config.group_size}
+    sampler = partial(sampling.sampler, lengths, model, **options)
+    sample_fn = sampler(temperature=config.temperature)
+    score_fn = rl.make_score_fn(model, missing_eos_penalty=0.0 if is_dapo else config.missing_eos_penalty)
+    if is_dapo:  # its penalty grows over the last fifth of the tokens
+        length = lengths.response_length
+        score_fn = rl.with_overlong_penalty(score_fn, max_length=length, buffer=max(length // 5, 1))
+    if config.method == "remax":
+        sample_fn = rl.with_greedy(sample_fn, sampler(temperature=0.0))
+    pieces = learning(config, method, model, optimizer) if method else choosing(config, model, optimizer)
+    iteration = rl.make_ppo_iteration(sample_fn, score_fn, *pieces)
     return optimizer, jax.jit(guarded(iteration, state_at=1), donate_argnums=1)
-
-
-def gold_line(config: task.TaskConfig, run: Path, params: Params) -> str:
-    """The embedded world's judge on held-out questions: the policy against SFT's."""
-    questions = task.held_out_questions(config)
-    before, *_ = judge.answer(config, run, sft.load(run)[2], seed=config.seed + 1)
-    after, _, kl = judge.answer(config, run, params, seed=config.seed + 2)
-    gold = [[report.gold(q, text) for q, text in zip(questions, texts, strict=True)] for texts in (after, before)]
-    return f"gold win rate over SFT {rl.win_rate(*gold)}; KL {kl.mean():.2f} nats per completion"
 
 
 def main(config: Config) -> None:
@@ -222,7 +221,7 @@ def main(config: Config) -> None:
     checkpoint.save(run / name, 0, params, notes={"tokenizer": tokenizer.fingerprint})
     forget(run, name)
     if config.data is None:
-        print(gold_line(config, run, params))
+        print(judge.gold_line(config, run, params))
     print(f"policy saved in {run / name}")
 
 

@@ -34,7 +34,6 @@ from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.runtime.runs import locked, open_run, write_json, write_json_lines
 from rlhf_jax.training.evaluate import proportion_interval
-from rlhf_jax.training.optimizers import linear_anneal
 from rlhf_jax.types import Params
 
 SHOW = {"reward/exact": "right", "reward/form": "form", "objective/kl": "KL", "response/len_mean": "length"}
@@ -78,39 +77,17 @@ def build(settings: GRPOConfig, lengths: task.TaskConfig, network: rl.Transforme
         raise ValueError(
             f"{what}: remax, raft, online_dpo and PPO-ptx are not offered here; nothing was started. Fix: grpo"
         )
-    method, temperature = grpo.methods(settings, lengths.response_length)[settings.method], settings.temperature
-    steps = settings.num_epochs * settings.num_minibatches
-    schedule = linear_anneal(settings.learning_rate, num_iterations=settings.num_iterations, steps_per_iteration=steps)
-    optimizer = rl.ppo_optimizer(schedule)
-    sample = sampling.jitted_sampler(lengths, network, eos_id, pad_id, settings.group_size, temperature)
-    experience_fn = rl.make_policy_experience_fn(
-        model,
-        method.advantages_fn,
-        kl_in_reward=method.kl_in_reward,
-        group_size=settings.group_size,
-        drop_zero_spread=settings.method == "dapo",
-        temperature=temperature,
+    method, optimizer = (
+        grpo.methods(settings, lengths.response_length)[settings.method],
+        grpo.annealed_optimizer(settings),
     )
+    sample = sampling.jitted_sampler(lengths, network, eos_id, pad_id, settings.group_size, settings.temperature)
+    experience_fn, update = grpo.learning(settings, method, model, optimizer)
 
     def experience(state: rl.PPOState, reference: Params, generation: rl.Generation, scores, rows):
         batch, metrics = experience_fn(state.params, reference, generation, scores, state.kl_coef)
         return rl.learn_from(batch, rows), metrics
 
-    objective = rl.policy_gradient(
-        model,
-        method.loss_fn,
-        aggregate=method.aggregate,
-        kl_coef=settings.kl_coef if method.kl_in_loss else 0.0,
-        temperature=temperature,
-    )
-    update = rl.make_ppo_update(
-        rl.make_train_step(objective, optimizer, num_micro_batches=settings.num_micro_batches),
-        num_epochs=settings.num_epochs,
-        num_minibatches=settings.num_minibatches,
-        kl_target=settings.kl_target if method.kl_in_reward else None,
-        kl_horizon=settings.kl_horizon,
-        aggregate=method.aggregate,
-    )
     return optimizer, sample, jax.jit(experience), jax.jit(guarded(update), donate_argnums=0)
 
 

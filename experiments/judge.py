@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import report
 import reward_model
 import sampling
 import sft
@@ -15,6 +16,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
+from rlhf_jax.training.evaluate import win_rate
 from rlhf_jax.types import Generation, Params
 
 
@@ -130,3 +132,12 @@ def control_rows(config: task.TaskConfig, run: Path, baseline: list[dict]) -> li
 
 def _plain(value):
     return value if isinstance(value, str) else value.item()
+
+
+def gold_line(config: task.TaskConfig, run: Path, params: Params) -> str:
+    """The embedded world's judge on held-out questions: the policy against SFT's."""
+    questions = task.held_out_questions(config)
+    before, *_ = answer(config, run, sft.load(run)[2], seed=config.seed + 1)
+    after, _, kl = answer(config, run, params, seed=config.seed + 2)
+    gold = [[report.gold(q, text) for q, text in zip(questions, texts, strict=True)] for texts in (after, before)]
+    return f"gold win rate over SFT {win_rate(*gold)}; KL {kl.mean():.2f} nats per completion"

@@ -115,7 +115,7 @@ def test_rounds_of_a_direct_method(run, monkeypatch, reference):
         reward_model, "collect_rankings", lambda *args, **kw: questions.append(args[4]) or collect(*args, **kw)
     )
     monkeypatch.setattr(dpo, "train", train)
-    monkeypatch.setattr(dpo.grpo, "gold_line", lambda *_: "")
+    monkeypatch.setattr(dpo.judge, "gold_line", lambda *_: "")
     dpo.main(as_config(dpo.Config, run, dpo=dpo.DPOConfig(num_rounds=2, reference=reference, num_responses=3)))
     _, network, first = sft.load(run.run)
     (start, _, seed_0, _), (second, data, seed_1, _) = seen
