@@ -363,7 +363,7 @@ CASES = {
     "SimPO": direct("Meng et al. 2024", "method simpo", simpo_loss, 2.0, mean_per_token),
     "CPO": direct("Xu et al. 2024", "method cpo", cpo_loss, 0.1, sums_and_nll),
 }
-every_method = pytest.mark.parametrize("name", CASES)
+every_method = pytest.mark.parametrize("name", CASES, scope="module")  # method by method: one compiles once
 RL = [name for name, case in CASES.items() if isinstance(case.batch, PolicyBatch)]
 close = partial(np.testing.assert_allclose, rtol=2e-4, atol=3e-6)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.runtime.fingerprint import named_leaves
+from rlhf_jax.runtime.processes import is_first, on_every_host
 
 _FORMS = "__forms__"
 
@@ -27,8 +28,10 @@ def dump_batch(folder: Path, step: int, batch: Any) -> Path:
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"batch {name} is a {kind}, only arrays of numbers are written; fix: leave it out")
     forms = {name: str(leaf.dtype) for name, leaf in leaves}
-    arrays = {f"{i}": _raw(leaf) for i, (_, leaf) in enumerate(leaves)}
+    arrays = {f"{i}": _raw(on_every_host(leaf)) for i, (_, leaf) in enumerate(leaves)}
     path = Path(folder) / f"bad_batch_{step}.npz"
+    if not is_first():
+        return path
     with path.open("wb") as file:
         np.savez(file, **arrays, **{_FORMS: np.frombuffer(json.dumps(forms).encode(), np.uint8)})
     return path
@@ -74,7 +77,6 @@ def load_batch(path: Path, like: Any = None) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names])
 
 
-def _raw(leaf: jax.Array | np.ndarray) -> np.ndarray:
+def _raw(leaf: np.ndarray) -> np.ndarray:
     """Bytes with the itemsize as a last dimension: npz files know no bfloat16."""
-    array = np.ascontiguousarray(leaf)
-    return array.reshape(*leaf.shape, 1).view(np.uint8)
+    return np.ascontiguousarray(leaf).reshape(*leaf.shape, 1).view(np.uint8)

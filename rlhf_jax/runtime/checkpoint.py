@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.runtime import faults
 from rlhf_jax.runtime.fingerprint import measure, named_leaves
+from rlhf_jax.runtime.processes import is_first, meet
 from rlhf_jax.runtime.record import DamagedCheckpointError, read_record, write_record
 
 _PARTIAL = ".partial"
@@ -83,15 +84,17 @@ def writer(folder: Path, *, keep: int = 2, for_good: int | None = None, sync: Se
     def wait() -> None:
         while pending:
             pending.pop().result()
+            meet("committed")
 
     def save(step: int, state: Any, notes: dict | None = None) -> None:
         wait()
         notes = json.loads(json.dumps(notes or {}, allow_nan=False))
         leaves = _checked(folder, step, state)
         partial = folder / f"{step}{_PARTIAL}"
-        if jax.process_index() == 0:
+        if is_first():
             sweep(folder)
             partial.mkdir(parents=True)
+        meet("partial folder")
         arrays.save(partial / "state", args=ocp.args.StandardSave(state))
         prune = functools.partial(_prune, folder, keep=keep, for_good=for_good)
         job = functools.partial(_commit, arrays, partial, sync, prune, step=step, notes=notes, leaves=leaves)
@@ -234,7 +237,7 @@ def _commit(
             faults.hit("mid_save")
         finally:
             arrays.wait_until_finished()
-        if jax.process_index() != 0:
+        if not is_first():
             return
         write_record(partial, step=step, notes=notes, leaves=leaves)
         for path in (*sync, partial):

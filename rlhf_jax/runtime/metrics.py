@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlhf_jax.runtime import faults
+from rlhf_jax.runtime.processes import is_first
 from rlhf_jax.runtime.runs import write_text
 
 Sink = Callable[[int, Mapping[str, float]], None]
@@ -48,7 +49,7 @@ class MetricLog:
 
     Rows are `{"stage", "step", "seconds", "tokens_per_second", <metrics>}`; seconds count from where this process took
     the stage up. A stage that is started again replaces its rows from `first_step` on, so that no step stands there
-    twice; the rows before it must all be there.
+    twice; the rows before it must all be there. Of several processes the first one writes and shows.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class MetricLog:
         """
         self._path, self._stage, self._num_steps, self._show, self._every = path, stage, num_steps, show, every
         self._first_step = first_step
-        self._console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160)
+        self._console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160, quiet=not is_first())
         self._bar: Progress | None = None
         self._sinks = [_Sink(sink) for sink in sinks]
 
     def __enter__(self) -> "MetricLog":
-        _drop_rows(self._path, self._stage, self._first_step)
-        self._file = self._path.open("ab", buffering=0)
+        if is_first():
+            _drop_rows(self._path, self._stage, self._first_step)
+        self._file = (self._path if is_first() else Path(os.devnull)).open("ab", buffering=0)
         self._start = self._shown = time.monotonic()
         self._tokens = 0
         if self._console.is_terminal:

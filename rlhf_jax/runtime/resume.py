@@ -20,6 +20,7 @@ import functools
 import math
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,9 @@ import numpy as np
 from rlhf_jax.runtime import checkpoint, faults
 from rlhf_jax.runtime.bad_batch import dump_batch, load_batch
 from rlhf_jax.runtime.fingerprint import named_leaves, short
+from rlhf_jax.runtime.processes import is_first, largest, meet
 from rlhf_jax.runtime.runs import refuse_changes
+from rlhf_jax.runtime.sharding import place
 from rlhf_jax.runtime.stop import stop_on_signals, watchdog
 
 
@@ -114,13 +117,13 @@ def resumable(
 
         def finish(step: int, state: Any) -> None:
             beat(step)
-            by = asked.by()
+            by = largest(asked.by() or 0)
             if by or (step + 1) % save_every == 0:
                 faults.hit("before_save")
                 to.save(step + 1, state, notes)
             if by:
                 to.wait()
-                _leave(stage, step + 1, short(state), by, asked.since())
+                _leave(stage, step + 1, short(state), signal.Signals(by), asked.since())
 
         yield Kept(state, first_step, functools.partial(_enter, replay), check, finish, log)
 
@@ -154,14 +157,15 @@ def guarded(step_fn: Callable[..., tuple[Any, dict]], *, state_at: int = 0) -> C
 
 def _take_up(folder: Path, stage: str, state: Any, notes: dict, *, force: bool) -> tuple[int, Any]:
     """Sweep, restore the newest whole step, compare the facts; `notes["forced"]` takes the differences."""
-    if jax.process_index() == 0:
-        for name in checkpoint.sweep(folder):
-            _tell(f"{stage}: removed {name}, which a stopped process left unfinished")
+    for name in checkpoint.sweep(folder) if is_first() else ():
+        _tell(f"{stage}: removed {name}, which a stopped process left unfinished")
+    meet("swept")
     if checkpoint.latest_step(folder) is None:
         return 0, state
     step, state = checkpoint.restore_newest(folder, state)
-    for path in checkpoint.set_aside(folder, step) if jax.process_index() == 0 else ():
+    for path in checkpoint.set_aside(folder, step) if is_first() else ():
         _tell(f"{stage}: the damaged checkpoint is now {path.name}; delete it when nobody needs it")
+    meet("set aside")
     stored = checkpoint.read_notes(folder, step=step)
     notes["forced"] = stored.get("forced", [])
     changed = refuse_changes(f"{folder} step {step}", stored.get("facts", {}), notes["facts"], force=force)
@@ -176,7 +180,7 @@ def _enter(replay: Path | None, step: int, batch: Any) -> Any:
     if replay is None:
         return faults.hit("before_update", batch)
     stored = load_batch(replay, like=batch)
-    return jax.tree.map(lambda x, y: jax.device_put(x, getattr(y, "sharding", None)), stored, batch)
+    return jax.tree.map(lambda x, y: place(x, getattr(y, "sharding", None)), stored, batch)
 
 
 def _not_finite(values: Mapping[str, float]) -> list[str]:
@@ -233,7 +237,7 @@ def _refuse_step(run: Path, stage: str, step: int, bad: list[str], saved: str, b
     )
 
 
-def _leave(stage: str, steps: int, fingerprint: str, by: Any, seconds: float) -> None:
+def _leave(stage: str, steps: int, fingerprint: str, by: signal.Signals, seconds: float) -> None:
     saved = f"saved {stage} after {steps} steps in {seconds:.1f} s, state {fingerprint}"
     _tell(f"{by.name}: {saved}. Resume: same command with --resume")
     raise SystemExit(128 + by)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.runtime.processes import is_first
+
 _PARTIAL = ".partial"
 _LOCK = "run.lock"
 _FREE = ("run", "resume", "force", "replay")
@@ -82,6 +84,9 @@ def locked(folder: Path) -> Iterator[None]:
       BlockingIOError: somebody else is there; the message says who.
       OSError: nothing can be written there, or the file system knows no locks.
     """
+    if not is_first():
+        yield
+        return
     check_writable(folder)
     path = Path(folder) / _LOCK
     with path.open("a+", encoding="utf-8") as file:

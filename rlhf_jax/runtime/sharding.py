@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | None]
@@ -78,19 +79,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Put every array of a host batch on the mesh, rows split.
+    """Put every array of a host batch, the same in every process, on the mesh, rows split.
 
     Raises:
       ValueError: a leading dimension that does not divide by the number of row shards.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def place(path: tuple, x: Any) -> jax.Array:
+    def place_rows(path: tuple, x: Any) -> jax.Array:
         if x.shape[0] % parts:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has {x.shape[0]} rows, which {parts} devices cannot share evenly: "
                 f"use {x.shape[0] // parts * parts or parts} or {(x.shape[0] // parts + 1) * parts}"
             )
-        return jax.device_put(x, batch_sharding(mesh))
+        return place(x, batch_sharding(mesh))
 
-    return jax.tree_util.tree_map_with_path(place, batch)
+    return jax.tree_util.tree_map_with_path(place_rows, batch)
+
+
+def place(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Put an array there, which may be the devices of several processes; each then hands over its own part only."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

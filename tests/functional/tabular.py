@@ -44,11 +44,13 @@ def all_completions(vocab: int, length: int) -> Completions:
     return Completions(jnp.asarray(tokens), jnp.asarray(prefixes), jnp.asarray(mask))
 
 
+@jax.jit
 def logprobs(table: jax.Array, completions: Completions) -> jax.Array:
     """Token-aligned log-probabilities, `[B, T]`; `table` is `[num_prefixes, V]` logits."""
     return token_logprobs(table[completions.prefixes], completions.tokens)
 
 
+@jax.jit
 def completion_logprobs(table: jax.Array, completions: Completions) -> jax.Array:
     """Log-probabilities of whole completions, `[B]`."""
     return sequence_logprobs(logprobs(table, completions), completions.mask)

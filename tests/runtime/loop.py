@@ -18,11 +18,15 @@ from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.functional.logprobs import token_logprobs
 from rlhf_jax.runtime.fingerprint import fingerprint
 from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.processes import Processes, is_first, joined
 from rlhf_jax.runtime.resume import guarded, resumable
 from rlhf_jax.runtime.runs import locked, write_json
+from rlhf_jax.runtime.sharding import make_mesh, place, replicated, shard_batch
 from rlhf_jax.training.train_step import init_train_state, make_train_step
 
 ROWS, LENGTH, VOCAB, WIDTH, SEED = 40, 8, 11, 6, 3
+HEARTBEAT = 10
+"""Seconds; of two processes."""
 
 
 def objective(params, batch):
@@ -47,7 +51,17 @@ def main(argv):
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--for-good", type=int)
     parser.add_argument("--sink", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process-id", type=int, default=0)
+    parser.add_argument("--devices", type=int, default=1, help="of this process")
     args = parser.parse_args(argv)
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    flags = (args.coordinator, 2, args.process_id) if args.coordinator else ()
+    with joined(args.run, Processes(False, *flags, heartbeat=HEARTBEAT)):
+        play(args)
+
+
+def play(args):
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[2] / ".cache" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -56,7 +70,8 @@ def main(argv):
     optimizer = optax.adam(optax.linear_schedule(1e-2, 0.0, args.steps))
     train_step = jax.jit(guarded(make_train_step(objective, optimizer)), donate_argnums=0)
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
-    state, root = init_train_state(params, optimizer), jax.random.key(SEED)
+    state, root, mesh = init_train_state(params, optimizer), jax.random.key(SEED), make_mesh()
+    state = jax.tree.map(lambda x: place(x, replicated(mesh)), state)
     options = {"for_good": args.for_good, "facts": {"rows": ROWS}}
     sinks = [raising_sink] if args.sink else []
     with locked(args.run), resumable(args.run, "sft", state, save_every=args.save_every, **options) as kept:
@@ -66,7 +81,8 @@ def main(argv):
             for step in range(kept.first_step, args.steps):
                 rows = batch_indices(SEED, step, num_examples=ROWS, batch_size=8)
                 noise = np.asarray(jax.random.key_data(jax.random.fold_in(root, step)))
-                batch = kept.batch(step, {**{name: x[rows] for name, x in data.items()}, "noise": noise})
+                sharded = shard_batch({name: x[rows] for name, x in data.items()}, mesh)
+                batch = kept.batch(step, {**sharded, "noise": noise})
                 state, metrics = train_step(state, batch)
                 metrics = kept.check(step, state, metrics, batch)
                 log.write(step, metrics, tokens=batch["tokens"].size)
@@ -74,9 +90,12 @@ def main(argv):
                 if step == kept.first_step:
                     print("started", flush=True)
                 time.sleep(args.sleep)
+    fingerprints = fingerprint(state)
+    if not is_first():
+        return
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     (args.run / "final.bin").write_bytes(b"".join(leaves))
-    write_json(args.run / "final.json", fingerprint(state))
+    write_json(args.run / "final.json", fingerprints)
 
 
 SHAPES = {"embedding": (VOCAB, WIDTH), "output": (WIDTH, VOCAB)}
