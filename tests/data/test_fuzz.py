@@ -53,7 +53,7 @@ READERS = {
     ),
     read_prompts: record(id=TEXT, prompt=MESSAGES),
     read_hh: record(chosen=TRANSCRIPT, rejected=TRANSCRIPT),
-    read_dsp_text_score: record(text=st.lists(TRANSCRIPT, max_size=3), score=NUMBERS),
+    read_dsp_text_score: record(text=st.lists(TRANSCRIPT, min_size=2, max_size=2), score=NUMBERS),
 }
 
 
