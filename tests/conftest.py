@@ -3,6 +3,7 @@
 The tests' networks are tiny, so that compiling takes most of the time: XLA leaves its expensive passes out.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

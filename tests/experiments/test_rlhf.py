@@ -102,6 +102,7 @@ def test_a_finished_run_is_not_overwritten_but_resumed(config, result, capsys):
         rlhf.main(dataclasses.replace(config, resume=True, seed=5))
 
 
+@pytest.mark.slow  # the interrupted acts below stop inside an act, this one at its end
 def test_an_interrupted_act_is_played_again(config, result):
     """Killed after the act's checkpoint, before its seconds: the checkpoint is a leftover, the act plays anew."""
     seconds = json.loads((config.run / "seconds.json").read_text())

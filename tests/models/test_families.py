@@ -220,7 +220,16 @@ def test_round_trip_is_exact(case, tmp_path):
     np.testing.assert_array_equal(torch_logits(theirs, tokens), torch_logits(model, tokens))
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Gemma 3", "GPT-2", "GPT-NeoX", "Mistral, window", "Mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama",
+        "Gemma 3",
+        "GPT-2",
+        "Mixtral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Gemma 2", "GPT-NeoX", "Mistral, window")),
+    ],
+)
 def test_greedy_text_is_equal_for_64_tokens(name, tmp_path):
     """Two prompts of unequal length, the shorter one left-padded."""
     model = torch_model(*CASES[name])

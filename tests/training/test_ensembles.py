@@ -1,5 +1,6 @@
 """Members train as if alone, each on rows of its own; averaged weights need a common start."""
 
+import functools
 from functools import partial
 
 import jax
@@ -40,6 +41,7 @@ def pairs(seed, num):
 DATA, TEST = (jax.tree.map(jnp.asarray, pairs(seed, N)) for seed in (0, 1))
 
 
+@jax.jit
 def init(key):
     trunk_key, head_key = jax.random.split(key)
     return {
@@ -99,9 +101,12 @@ def test_members_see_data_of_their_own(bootstrap):
     assert np.mean(later == epoch) < 0.02
 
 
+compiled = functools.cache(lambda fn: jax.jit(partial(fn, tiny.MODEL)))
+
+
 def scores_of(params, fn):
     rows = TEST.tokens.reshape(-1, LENGTH)
-    return np.asarray(fn(tiny.MODEL, params, rows, jnp.ones_like(rows)))
+    return np.asarray(compiled(fn)(params, rows, jnp.ones_like(rows)))
 
 
 def accuracy(scores):
@@ -123,9 +128,9 @@ def test_a_reward_from_members_on_one_scale(from_scratch, rule):
     params, num = from_scratch[0].params, 6
     tokens = TEST.tokens[:num, 0]
     rows = Generation(tokens, jnp.ones_like(tokens), tokens > 0, jnp.zeros(tokens.shape), jnp.arange(num) != 4)
-    raw = np.asarray(ensemble_scores(tiny.MODEL, params, tokens, rows.segment_ids), np.float64)
+    raw = np.asarray(compiled(ensemble_scores)(params, tokens, rows.segment_ids), np.float64)
     means, stds = raw.mean(axis=1), raw.std(axis=1)
-    score = make_ensemble_score_fn(tiny.MODEL, rule, missing_eos_penalty=0.5)
+    score = jax.jit(make_ensemble_score_fn(tiny.MODEL, rule, missing_eos_penalty=0.5))
     found = score(Frozen(None, params, jnp.asarray(means), jnp.asarray(stds)), rows)
     z = (raw - means[:, None]) / stds[:, None]
     expected = {ensemble_mean: z.mean(0), worst_case: z.min(0)}.get(rule, z.mean(0) - 0.3 * z.var(0))

@@ -108,6 +108,7 @@ def test_adaptive_leash_follows_the_kl():
     np.testing.assert_allclose(far.kl_coef, 0.1 * (1 + 0.2 * len(SIZES) / 100.0), rtol=1e-5)
 
 
+@pytest.mark.slow  # 200 operations, each compiled alone; the objectives are compared so in test_algorithms.py
 def test_jit_changes_nothing():
     frozen, batch = tiny.init_frozen(), PPOBatch(tiny.prompts((3, 5, 1, 4)))
     jitted = jax.jit(make_ppo_iteration(*parts(num_epochs=1)))(frozen, fresh_state(), batch, jax.random.key(0))
