@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
+from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import write_json
 
 
@@ -55,12 +56,21 @@ def num_steps_of(config, num_rows: int, what: str) -> int:
     return num_steps
 
 
-def refuse_again(run: Path, name: str, *, resume: bool) -> None:
-    """Stop before an act that is already played, or half played, would lose what is there."""
+def is_played(run: Path, name: str, *, resume: bool) -> bool:
+    """Whether the act has its result already, and nothing is left to do.
+
+    Raises:
+      FileExistsError: it has, or is half played, and `resume` is off: playing it again would lose what is there.
+    """
     if checkpoint.latest_step(run / name) is not None:
-        raise FileExistsError(
-            f"{run / name} is there already and is never overwritten; fix: move it away, or another --run"
-        )
-    if not resume and checkpoint.latest_step(run / "state" / name) is not None:
-        unfinished = run / "state" / name
+        if not resume:
+            raise FileExistsError(
+                f"{run / name} is there already and is never overwritten; fix: move it away, or another --run"
+            )
+        forget(run, name)
+        print(f"{name}: finished before, in {run / name}")
+        return True
+    unfinished = run / "state" / name
+    if not resume and checkpoint.latest_step(unfinished) is not None:
         raise FileExistsError(f"{unfinished} is of an unfinished act; fix: continue with --resume, or move it away")
+    return False

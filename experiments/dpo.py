@@ -23,7 +23,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import facts, note_command, num_steps_of, refuse_again
+from acts import facts, is_played, note_command, num_steps_of
 from scoring import row_logprobs
 
 import rlhf_jax as rl
@@ -155,7 +155,8 @@ def main(config: Config) -> None:
         raise SystemExit(
             "nobody ranks new answers to the prompts of a file; nothing was started; fix: --dpo.num-rounds 1"
         )
-    refuse_again(run, settings.method, resume=config.resume)
+    if is_played(run, settings.method, resume=config.resume):
+        return
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
     if config.data is None:

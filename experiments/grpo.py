@@ -23,7 +23,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, note_command, refuse_again
+from acts import facts, is_played, note_command
 
 import rlhf_jax as rl
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -187,7 +187,8 @@ def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerC
 def main(config: Config) -> None:
     """Play act 3 with one method and save the policy."""
     run, settings = config.run, config.grpo
-    refuse_again(run, settings.method, resume=config.resume)
+    if is_played(run, settings.method, resume=config.resume):
+        return
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
     reward_params, mean, std = reward_model.load(run, network, tokenizer)

@@ -22,7 +22,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, note_command, refuse_again
+from acts import facts, is_played, note_command
 from grpo import GRPOConfig
 from gsm8k_problems import Problems, load, score
 
@@ -151,7 +151,8 @@ def main(config: Config) -> dict:
     name = config.grpo.method
     with locked(config.run):
         run = open_run(config.run, config, resume=config.resume, force=config.force)
-        refuse_again(run, name, resume=config.resume)
+        if is_played(run, name, resume=config.resume):
+            return
         note_command(run)
         tokenizer, network, policy = sft.take_up(config)
         folder = config.data_dir / "verifiable"

@@ -20,7 +20,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, note_command, refuse_again
+from acts import facts, is_played, note_command
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -167,7 +167,8 @@ def pick(data, seed: int, step: int, batch_size: int):
 def main(config: Config) -> None:
     """Play act 3 and save the policy."""
     run = config.run
-    refuse_again(run, "ppo", resume=config.resume)
+    if is_played(run, "ppo", resume=config.resume):
+        return
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
     train_prompts, _ = task.load_prompts(config)

@@ -21,7 +21,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, note_command, num_steps_of, refuse_again
+from acts import facts, is_played, note_command, num_steps_of
 from scoring import score_rows
 
 from rlhf_jax.data import synthetic
@@ -192,7 +192,8 @@ def load_folder(folder: Path, tokenizer: Tokenizer, *, dtype: str = "float32") -
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
     run = config.run
-    refuse_again(run, "reward_model", resume=config.resume)
+    if is_played(run, "reward_model", resume=config.resume):
+        return
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
     num_responses = config.reward.num_responses

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import task
 import tyro
-from acts import facts, note_command, num_steps_of, refuse_again
+from acts import facts, is_played, note_command, num_steps_of
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
@@ -169,7 +169,8 @@ def main(config: Config) -> None:
         read_demonstrations(config.data)  # what is wrong with the file is told before the run's folder is opened
     run = open_run(config.run, config, resume=config.resume, force=config.force)
     note_command(run)
-    refuse_again(run, "sft", resume=config.resume)
+    if is_played(run, "sft", resume=config.resume):
+        return
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
     policy = start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)

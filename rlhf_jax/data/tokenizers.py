@@ -8,6 +8,8 @@ because masks come from lengths. A folder with a chat template gives a tokenizer
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,9 +139,16 @@ def load_tokenizer(directory: str | Path, *, template: bool = True) -> Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Writes the tokenizer's files into `directory`, made if absent; `load_tokenizer` gives it back."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(Path(directory))
+    """Writes the tokenizer's files into `directory`; `load_tokenizer` gives it back. A new directory is there whole or not."""
+    directory = Path(directory)
+    if directory.exists():
+        tokenizer.save(directory)
+        return
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer.save(partial)
+    os.replace(partial, directory)
 
 
 def _load_gpt2(directory: Path) -> Tokenizer:
