@@ -83,8 +83,7 @@ class Config(task.TaskConfig):
     ppo: PPOConfig = PPOConfig()
 
 
-@functools.cache
-def build(
+def make_iteration(
     config: PPOConfig,
     lengths: task.TaskConfig,
     network: TransformerConfig,
@@ -92,7 +91,7 @@ def build(
     eos_id: int,
     pad_id: int,
 ):
-    """The optimiser and the jitted iteration; equal arguments share one compilation."""
+    """The optimiser, and the whole iteration as one pure function `(frozen, state, batch, key) -> (state, metrics)`."""
     model, reward = transformer.causal_model(network), transformer.causal_model(reward_network)
     critic = separate_critic(reward) if config.separate_critic else shared_critic
     steps = config.num_epochs * config.num_minibatches
@@ -112,6 +111,13 @@ def build(
             ptx_coef=config.ptx_coef,
         ),
     )
+    return optimizer, iteration
+
+
+@functools.cache
+def build(*arguments):
+    """`make_iteration`, guarded and jitted; equal arguments share one compilation."""
+    optimizer, iteration = make_iteration(*arguments)
     return optimizer, jax.jit(guarded(iteration, state_at=1), donate_argnums=1)
 
 
