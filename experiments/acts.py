@@ -1,23 +1,36 @@
 """One act of a job: how long it is, and that it is played once."""
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from task import TaskConfig
+
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
+from rlhf_jax.runtime.processes import is_first, joined
 from rlhf_jax.runtime.resume import forget
-from rlhf_jax.runtime.runs import write_json
+from rlhf_jax.runtime.runs import locked, write_json
+
+
+@contextlib.contextmanager
+def alone(config: TaskConfig) -> Iterator[None]:
+    """Join the processes of this run, where it has several, and keep all others out of its folder."""
+    with joined(config.run, config.processes), locked(config.run):
+        yield
 
 
 def note_command(run: Path) -> None:
     """Add this process's command line to `commands.txt`, from which a model card takes it."""
+    if not is_first():
+        return
     with (run / "commands.txt").open("a", encoding="utf-8") as file:
         file.write(shlex.join(["python", *sys.argv]) + "\n")
 

@@ -23,7 +23,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import facts, is_played, note_command, num_steps_of
+from acts import alone, facts, is_played, note_command, num_steps_of
 from scoring import row_logprobs
 
 import rlhf_jax as rl
@@ -33,7 +33,6 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked
 from rlhf_jax.training.optimizers import warmup_cosine
 from rlhf_jax.types import Params
 
@@ -132,7 +131,7 @@ def train(
         build_objective(config, network), optimizer, num_micro_batches=config.num_micro_batches
     )
     step_fn, mesh = jax.jit(guarded(step_fn), donate_argnums=0), rl.make_mesh()
-    state = rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer)
+    state = rl.replicate(rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer), mesh)
     same = facts(config, seed=seed, data=data, start=policy)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -186,5 +185,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Config, description=__doc__)
-    with locked(settings.run):
+    with alone(settings):
         main(settings)

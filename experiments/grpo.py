@@ -23,14 +23,13 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, is_played, note_command
+from acts import alone, facts, is_played, note_command
 
 import rlhf_jax as rl
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked
 from rlhf_jax.training.optimizers import linear_anneal
 
 SHOW = {"objective/scores": "score", "objective/kl": "KL", "response/len_mean": "length"}
@@ -198,10 +197,11 @@ def main(config: Config) -> None:
     if settings.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
     optimizer, iteration = build(settings, config, network, tokenizer)
-    state = rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef)
     mesh, root, name = rl.make_mesh(), jax.random.key(config.seed), settings.method
+    state = rl.replicate(rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef), mesh)
     keep, data = task.keeper(config), (prompts, demonstrations)
     same = facts(settings, seed=config.seed, data=data, frozen=frozen)
+    frozen = rl.replicate(frozen, mesh)
     with (
         keep(name, state, save_every=settings.save_every, facts=same) as kept,
         MetricLog(kept.log_to, name, settings.num_iterations, show=SHOW, first_step=kept.first_step) as log,
@@ -228,5 +228,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Config, description=__doc__)
-    with locked(settings.run):
+    with alone(settings):
         main(settings)

@@ -20,7 +20,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, is_played, note_command
+from acts import alone, facts, is_played, note_command
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -31,8 +31,8 @@ from rlhf_jax.objectives import actor_critic, separate_critic, shared_critic
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked, read_json_lines
-from rlhf_jax.runtime.sharding import make_mesh, shard_batch
+from rlhf_jax.runtime.runs import read_json_lines
+from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
 from rlhf_jax.training.optimizers import linear_anneal, ppo_optimizer
 from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
 from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
@@ -145,8 +145,9 @@ def train(
     critic = {"head": init_value_head(network.model_dim)}
     if config.separate_critic:
         critic = critic_from_trunk(frozen.reward_params["trunk"], reward_network.model_dim)
-    state = init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef)
+    state = replicate(init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef), mesh)
     root, same = jax.random.key(seed), facts(config, seed=seed, data=(prompts, demonstrations), frozen=frozen)
+    frozen = replicate(frozen, mesh)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
         MetricLog(kept.log_to, stage, config.num_iterations, show=SHOW, first_step=kept.first_step) as log,
@@ -210,5 +211,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Config, description=__doc__)
-    with locked(settings.run):
+    with alone(settings):
         main(settings)

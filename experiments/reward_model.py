@@ -21,7 +21,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, is_played, note_command, num_steps_of
+from acts import alone, facts, is_played, note_command, num_steps_of
 from scoring import score_rows
 
 from rlhf_jax.data import synthetic
@@ -36,8 +36,7 @@ from rlhf_jax.objectives import reward_model
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked
-from rlhf_jax.runtime.sharding import make_mesh, shard_batch
+from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
 from rlhf_jax.training.ensembles import average_members
 from rlhf_jax.training.evaluate import evaluate
 from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
@@ -103,7 +102,7 @@ def train(
     )
     train_step = jax.jit(guarded(train_step), donate_argnums=0)
     head = init_reward_head(jax.random.key(seed), network.model_dim)
-    state = init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer)
+    state = replicate(init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer), mesh)
     show, same = {"rm/loss": "loss", "rm/accuracy": "accuracy"}, facts(config, seed=seed, data=data, start=trunk)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -230,5 +229,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Config, description=__doc__)
-    with locked(settings.run):
+    with alone(settings):
         main(settings)

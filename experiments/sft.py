@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import task
 import tyro
-from acts import facts, is_played, note_command, num_steps_of
+from acts import alone, facts, is_played, note_command, num_steps_of
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
@@ -27,8 +27,8 @@ from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked, open_run
-from rlhf_jax.runtime.sharding import make_mesh, shard_batch
+from rlhf_jax.runtime.runs import open_run
+from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
 from rlhf_jax.training.evaluate import evaluate
 from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
 from rlhf_jax.training.train_step import init_train_state, make_train_step
@@ -114,7 +114,7 @@ def train(
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
     train_step = jax.jit(guarded(train_step), donate_argnums=0)
-    state, show = init_train_state(params, optimizer), {"sft/nll": "nll", "sft/accuracy": "accuracy"}
+    state, show = replicate(init_train_state(params, optimizer), mesh), {"sft/nll": "nll", "sft/accuracy": "accuracy"}
     same = facts(config, seed=seed, data=data, start=params)
     with (
         keep("sft", state, save_every=config.save_every, facts=same) as kept,
@@ -184,5 +184,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Config, description=__doc__)
-    with locked(settings.run):
+    with alone(settings):
         main(settings)

@@ -19,6 +19,7 @@ from rlhf_jax.data.preferences import preference_ranking, read_preferences, read
 from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from rlhf_jax.runtime.processes import Processes, is_first, meet
 from rlhf_jax.runtime.resume import Kept, resumable
 from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 
@@ -38,6 +39,8 @@ class TaskConfig:
     """With `resume`: go on although settings or data differ; the run's folder records what did."""
     replay: Path | None = None
     """With `resume`: a `bad_batch_N.npz` of this run. Play that step again, say what is not finite, and stop."""
+    processes: Processes = Processes()
+    """Of this run, where there are several."""
     seed: int = 0
     data: Path | None = None
     """JSON lines in the clean schema; none = the embedded world."""
@@ -77,7 +80,9 @@ def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[
             tokenizer = train_bpe(texts, vocab_size=config.vocab_size)
         else:
             tokenizer = load_tokenizer(config.model)
-        save_tokenizer(tokenizer, run / "tokenizer")
+        if is_first():
+            save_tokenizer(tokenizer, run / "tokenizer")
+    meet("tokenizer")
     return load_tokenizer(run / "tokenizer"), train, held_out
 
 

@@ -104,7 +104,7 @@ from rlhf_jax.objectives import (
     sft,
     shared_critic,
 )
-from rlhf_jax.runtime.sharding import make_mesh, named_shardings, shard_batch
+from rlhf_jax.runtime.sharding import make_mesh, named_shardings, replicate, shard_batch
 from rlhf_jax.training.choices import (
     best_and_worst,
     best_of_group,
@@ -277,6 +277,7 @@ __all__ = [
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "remove_length",
+    "replicate",
     "reward_model",
     "rewards_to_go",
     "robust_dpo_loss",

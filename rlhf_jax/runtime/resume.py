@@ -130,7 +130,8 @@ def resumable(
 
 def forget(run: Path, stage: str) -> None:
     """Remove the checkpoints that only resuming this stage needs."""
-    shutil.rmtree(Path(run) / "state" / stage, ignore_errors=True)
+    if is_first():
+        shutil.rmtree(Path(run) / "state" / stage, ignore_errors=True)
 
 
 def guarded(step_fn: Callable[..., tuple[Any, dict]], *, state_at: int = 0) -> Callable[..., tuple[Any, dict]]:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.runtime.processes import is_first
+from rlhf_jax.runtime.processes import is_first, meet
 
 _PARTIAL = ".partial"
 _LOCK = "run.lock"
-_FREE = ("run", "resume", "force", "replay")
+_FREE = ("run", "resume", "force", "replay", "processes")
 """Fields of a configuration that say how to go on, not what to do."""
 
 
@@ -24,7 +24,7 @@ def open_run(folder: Path, config: Any, *, resume: bool = False, force: bool = F
 
     Args:
       folder: where everything of the run goes.
-      config: a dataclass. Its fields `run`, `resume`, `force` and `replay` may change between calls; all others must not.
+      config: a dataclass. Its fields `run`, `resume`, `force`, `replay` and `processes` may change between calls; no other may.
       resume: continue in a folder that exists.
       force: continue with another configuration; what differed is added to `forced.txt`.
 
@@ -34,25 +34,9 @@ def open_run(folder: Path, config: Any, *, resume: bool = False, force: bool = F
       OSError: nothing can be written there.
     """
     folder = Path(folder)
-    wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    stored_at = folder / "config.json"
-    check_writable(folder)
-    if any(path.suffix != _PARTIAL and path.name != _LOCK for path in folder.iterdir()):
-        if not resume:
-            raise FileExistsError(
-                f"{folder} exists and is never overwritten: continue it with --resume or choose another --run"
-            )
-        if not stored_at.exists():
-            raise ValueError(f"{folder} holds no config.json, so it is no run of this program: choose another --run")
-        stored = json.loads(stored_at.read_text(encoding="utf-8"))
-        facts = ({k: v for k, v in facts.items() if k not in _FREE} for facts in (stored, wanted))
-        changed = refuse_changes(folder, *facts, force=force)
-        if changed:
-            with (folder / "forced.txt").open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in changed))
-            write_json(stored_at, wanted)
-        return folder
-    write_json(stored_at, wanted)
+    if is_first():
+        _open(folder, config, resume=resume, force=force)
+    meet("opened")
     return folder
 
 
@@ -124,7 +108,12 @@ def refuse_changes(where: Path | str, stored: Mapping, wanted: Mapping, *, force
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all (temporary name, then rename; on the disk before the rename)."""
+    """Write a text file whole or not at all (temporary name, then rename; on the disk before the rename).
+
+    Of several processes the first one writes.
+    """
+    if not is_first():
+        return
     temporary = path.with_name(path.name + _PARTIAL)
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -163,6 +152,28 @@ def read_json_lines(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: no JSON ({error.msg}); the lines before it were read") from error
+
+
+def _open(folder: Path, config: Any, *, resume: bool, force: bool) -> None:
+    wanted = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    stored_at = folder / "config.json"
+    check_writable(folder)
+    if any(path.suffix != _PARTIAL and path.name != _LOCK for path in folder.iterdir()):
+        if not resume:
+            raise FileExistsError(
+                f"{folder} exists and is never overwritten: continue it with --resume or choose another --run"
+            )
+        if not stored_at.exists():
+            raise ValueError(f"{folder} holds no config.json, so it is no run of this program: choose another --run")
+        stored = json.loads(stored_at.read_text(encoding="utf-8"))
+        facts = ({k: v for k, v in facts.items() if k not in _FREE} for facts in (stored, wanted))
+        changed = refuse_changes(folder, *facts, force=force)
+        if changed:
+            with (folder / "forced.txt").open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in changed))
+            write_json(stored_at, wanted)
+        return
+    write_json(stored_at, wanted)
 
 
 def _dump(where: Path | str, content: Any, **options: Any) -> str:

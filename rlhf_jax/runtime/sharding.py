@@ -97,6 +97,11 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place_rows, batch)
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Put every array, the same in every process, whole on every device of the mesh."""
+    return jax.tree.map(lambda x: place(x, replicated(mesh)), tree)
+
+
 def place(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Put an array there, which may be the devices of several processes; each then hands over its own part only."""
     if sharding is None or sharding.is_fully_addressable:

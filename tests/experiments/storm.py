@@ -16,53 +16,9 @@ import traceback
 import warnings
 from pathlib import Path
 
-import jax
-import numpy as np
-import ppo
-import reward_model
-import sft
-import task
+from small_act import ACTS, outcome, play
 
-from rlhf_jax.runtime import checkpoint
-from rlhf_jax.runtime.runs import locked, read_json_lines, write_json
-
-ACTS = ("sft", "reward_model", "ppo")
-SIZES = {"NUM_DEMONSTRATIONS": 300, "NUM_RANKINGS": 64, "NUM_PROMPTS": 64, "NUM_HELD_OUT": 20}
-LENGTHS = {"prompt_length": 40, "response_length": 12, "row_length": 96, "vocab_size": 600}
-CACHE = Path(__file__).parents[2] / ".cache" / "jax"
-STEPS = 36
-
-
-def config_of(act, run, resume):
-    """The script's own configuration, small."""
-    shared = {"run": run, "resume": resume, **LENGTHS}
-    if act == "sft":
-        network = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16}
-        return sft.Config(**shared, sft=sft.SFTConfig(num_epochs=5, batch_size=8, save_every=3, **network))
-    if act == "reward_model":
-        numbers = {"num_epochs": 4.5, "batch_size": 8, "save_every": 3, "num_responses": 3}
-        return reward_model.Config(**shared, reward=reward_model.RewardModelConfig(**numbers))
-    numbers = {"num_iterations": STEPS, "batch_size": 8, "num_minibatches": 2, "save_every": 3, "kl_horizon": 100.0}
-    return ppo.Config(**shared, ppo=ppo.PPOConfig(**numbers))
-
-
-def play(act, run, resume):
-    """What the script does, then the parameters that it saved as bytes."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for name, value in SIZES.items():
-        setattr(task, name, value)
-    script = {"sft": sft, "reward_model": reward_model, "ppo": ppo}[act]
-    with locked(run):
-        script.main(config_of(act, run, resume))
-        tokenizer, network, params = sft.load(run)
-        if act == "reward_model":
-            params, *moments = reward_model.load(run, network, tokenizer)
-            params = {"params": params, "moments": np.asarray(moments)}
-        if act == "ppo":
-            params = checkpoint.restore(run / "ppo", params)
-    (run / "final.bin").write_bytes(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)))
+from rlhf_jax.runtime.runs import write_json
 
 
 def attempt(act, run, *, resume, kill_after=None):
@@ -95,13 +51,6 @@ def attempt(act, run, *, resume, kill_after=None):
     return time.monotonic() - begin, killed
 
 
-def outcome(run, act):
-    """Everything that an act leaves but its clock."""
-    clock = ("seconds", "tokens_per_second")
-    rows = [row for row in read_json_lines(run / "metrics.jsonl") if row["stage"] == act]
-    return (run / "final.bin").read_bytes(), [{k: v for k, v in row.items() if k not in clock} for row in rows]
-
-
 def storm(folder, act, kills, rng):
     """Counts of one act; `folder/before` holds what it takes up."""
     before, untouched = folder / "before", folder / f"{act}_untouched"
@@ -114,7 +63,7 @@ def storm(folder, act, kills, rng):
     attempt(act, untouched, resume=False)  # compiles
     fresh(untouched)
     lifetime, _ = attempt(act, untouched, resume=False)
-    expected, found = outcome(untouched, act), {"kills": 0, "chains": 0, "equal": 0, "lifetime": round(lifetime, 2)}
+    expected, found = outcome(untouched, act), {"kills": 0, "chains": 0, "equal": 0}
     if len(expected[1]) < 30:
         raise SystemExit(f"{act}: only {len(expected[1])} steps, nothing to kill")
     while found["kills"] < kills:
@@ -122,7 +71,8 @@ def storm(folder, act, kills, rng):
         fresh(run)
         killed, first = True, True
         while killed:
-            killed = attempt(act, run, resume=not first, kill_after=rng.uniform(0.1, 1.0) * lifetime)[1]
+            seconds, killed = attempt(act, run, resume=not first, kill_after=rng.uniform(0.1, 1.0) * lifetime)
+            lifetime = lifetime if killed else seconds  # other work on the machine stretches all of them
             found["kills"] += killed
             first = first and not (run / "config.json").exists() and act == "sft"
             if found["kills"] >= kills and killed:
