@@ -15,7 +15,7 @@ from task import TaskConfig
 
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
-from rlhf_jax.runtime.processes import is_first, joined
+from rlhf_jax.runtime.processes import Processes, is_first, joined
 from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, write_json
 
@@ -25,6 +25,15 @@ def alone(config: TaskConfig) -> Iterator[None]:
     """Join the processes of this run, where it has several, and keep all others out of its folder."""
     with joined(config.run, config.processes), locked(config.run):
         yield
+
+
+def refuse_processes(config: TaskConfig) -> None:
+    """For scripts that judge as well as train: what they write is one process's work."""
+    if config.processes != Processes():
+        raise SystemExit(
+            "--processes: this script runs in one process; nothing was started. "
+            "Fix: sft.py, reward_model.py, ppo.py, grpo.py or dpo.py over several, or no --processes"
+        )
 
 
 def note_command(run: Path) -> None:

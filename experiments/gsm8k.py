@@ -22,7 +22,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, is_played, note_command
+from acts import facts, is_played, note_command, refuse_processes
 from grpo import GRPOConfig
 from gsm8k_problems import Problems, load, score
 
@@ -32,7 +32,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.runs import locked, open_run, write_json, write_json_lines
+from rlhf_jax.runtime.runs import locked, open_run, read_json_lines, write_json, write_json_lines
 from rlhf_jax.training.evaluate import proportion_interval
 from rlhf_jax.types import Params
 
@@ -142,29 +142,34 @@ def answers(config: Config, tokenizer: Tokenizer, network, params: Params, probl
     return [{"when": when, **dict(zip(names, row, strict=True))} for row in columns]
 
 
+def play(config: Config, run: Path) -> list[dict]:
+    """Answer, train, answer again: the rows of `samples.jsonl`."""
+    note_command(run)
+    tokenizer, network, policy = sft.take_up(config)
+    folder, name = config.data_dir / "verifiable", config.grpo.method
+    how = {"instruction": config.instruction, "length": config.prompt_length}
+    problems = load(folder / "gsm8k_train.jsonl.gz", tokenizer, **how)
+    held_out = load(folder / "gsm8k_test.jsonl.gz", tokenizer, most=config.num_held_out, **how)
+    rows = answers(config, tokenizer, network, policy, held_out, "before")
+    params = train(config, tokenizer, network, policy, problems)
+    rows += answers(config, tokenizer, network, params, held_out, "after")
+    write_json_lines(run / "samples.jsonl", rows)
+    checkpoint.save(run / name, 0, params, notes={"tokenizer": tokenizer.fingerprint})
+    forget(run, name)
+    return rows
+
+
 def main(config: Config) -> dict:
-    """Answer, train, answer again."""
+    """Play what is not yet played, then count."""
     if config.model is None or config.data_dir is None:
         raise SystemExit(
             "--model (a folder of weights and tokenizer) and --data-dir (with verifiable/) are both needed"
         )
-    name = config.grpo.method
+    refuse_processes(config)
     with locked(config.run):
         run = open_run(config.run, config, resume=config.resume, force=config.force)
-        if is_played(run, name, resume=config.resume):
-            return
-        note_command(run)
-        tokenizer, network, policy = sft.take_up(config)
-        folder = config.data_dir / "verifiable"
-        how = {"instruction": config.instruction, "length": config.prompt_length}
-        problems = load(folder / "gsm8k_train.jsonl.gz", tokenizer, **how)
-        held_out = load(folder / "gsm8k_test.jsonl.gz", tokenizer, most=config.num_held_out, **how)
-        rows = answers(config, tokenizer, network, policy, held_out, "before")
-        params = train(config, tokenizer, network, policy, problems)
-        rows += answers(config, tokenizer, network, params, held_out, "after")
-        write_json_lines(run / "samples.jsonl", rows)
-        checkpoint.save(run / name, 0, params, notes={"tokenizer": tokenizer.fingerprint})
-        forget(run, name)
+        played = is_played(run, config.grpo.method, resume=config.resume)
+        rows = list(read_json_lines(run / "samples.jsonl")) if played else play(config, run)
     report = {}
     for when in ("before", "after"):
         right = proportion_interval(np.array([row["right"] for row in rows if row["when"] == when]))

@@ -25,7 +25,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import alone, note_command, timed
+from acts import note_command, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -34,7 +34,7 @@ from sft import SFTConfig
 
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.resume import forget
-from rlhf_jax.runtime.runs import open_run, write_json_lines
+from rlhf_jax.runtime.runs import locked, open_run, write_json_lines
 from rlhf_jax.types import Frozen, RankingBatch
 
 CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"))
@@ -136,7 +136,8 @@ def main(config: Config) -> dict:
             "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "
             "Fix: give the file to sft.py, reward_model.py or ppo.py"
         )
-    with alone(config):
+    refuse_processes(config)
+    with locked(config.run):
         return hh.main(config) if config.dataset == "hh" else play(config)
 
 

@@ -26,6 +26,7 @@ from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
+from rlhf_jax.runtime.processes import is_first, meet
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.runtime.runs import open_run
 from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
@@ -158,7 +159,9 @@ def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Para
             raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
         tokenizer = load_tokenizer(config.model)
         policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
-        save_tokenizer(tokenizer, run / "tokenizer")
+        if is_first():
+            save_tokenizer(tokenizer, run / "tokenizer")
+        meet("tokenizer")
         save(run, tokenizer, policy)
     return load(run)
 

@@ -26,7 +26,7 @@ import sft
 import stories_judge
 import task
 import tyro
-from acts import note_command, timed
+from acts import note_command, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from scoring import row_logprobs, row_sums
@@ -163,6 +163,7 @@ def main(config: Config) -> dict:
     """Play what is not yet played, then judge."""
     if config.model is None:
         raise SystemExit("--model is missing: the folder that convert_llama2c.py wrote, or another storyteller's")
+    refuse_processes(config)
     with locked(config.run):
         return play(config)
 

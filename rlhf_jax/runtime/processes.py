@@ -3,8 +3,8 @@
     with joined(run, Processes(coordinator="host0:1234", num_processes=2, process_id=1)):
         mesh = make_mesh()                  # over the devices of all processes
 
-The functions of this package need to know of it in two places only: the first process writes what is written once, and
-all of them decide together when to stop.
+What that asks of the rest: the first process writes what is written once (`is_first`), the others wait for it before they
+read it (`meet`), and all of them stop at one step (`largest`). Without other processes none of the three touches a device.
 """
 
 import contextlib
@@ -83,13 +83,13 @@ def is_first() -> bool:
 
 def meet(where: str) -> None:
     """Return when every process has come to this line; what the first one wrote before it can then be read by all."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(where)
 
 
 def largest(number: int) -> int:
     """The largest of all processes' numbers, in every one of them."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 

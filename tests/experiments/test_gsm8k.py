@@ -119,6 +119,7 @@ def test_a_reward_that_fails_leaves_the_state_and_the_run_goes_on_as_if_nothing_
     assert checkpoint.latest_step(again.run / "state" / "grpo") == 1
     resumed = gsm8k.main(dataclasses.replace(again, resume=True))
     assert resumed == report
+    assert gsm8k.main(dataclasses.replace(again, resume=True)) == report  # and once more, when nothing is left to do
     final = [
         checkpoint.restore(c.run / "grpo", rl.transformer.init(jax.random.key(1), NETWORK)) for c in (config, again)
     ]

@@ -21,6 +21,7 @@ from sft import SFTConfig
 
 from rlhf_jax.data import synthetic
 from rlhf_jax.runtime import checkpoint, faults
+from rlhf_jax.runtime.processes import Processes
 from rlhf_jax.runtime.runs import read_json_lines
 
 ACTS = ("sft", "reward_model", "ppo")
@@ -127,6 +128,18 @@ def test_act_2_alone_reads_real_rankings(config, result, data_dir, tmp_path):
         reward_model.main(
             reward_model.Config(run=tmp_path, data=path, prompt_length=1, response_length=1, reward=config.reward)
         )
+
+
+def test_a_finished_act_is_finished_and_several_processes_are_refused(config, result, capsys):
+    """The same command with --resume does nothing and says so; what an end cut short left behind is swept."""
+    before = (config.run / "metrics.jsonl").read_text()
+    (config.run / "state" / "ppo").mkdir(parents=True)
+    ppo.main(ppo.Config(run=config.run, resume=True))
+    assert "ppo: finished before, in " in capsys.readouterr().out
+    assert not (config.run / "state" / "ppo").exists()
+    assert (config.run / "metrics.jsonl").read_text() == before
+    with pytest.raises(SystemExit, match="runs in one process; nothing was started"):
+        rlhf.main(dataclasses.replace(config, processes=Processes(distributed=True)))
 
 
 def test_single_acts_refuse_what_is_already_played(config, result):
