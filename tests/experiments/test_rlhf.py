@@ -43,7 +43,7 @@ def config(tmp_path_factory):
         prompt_length=40,
         row_length=96,
         controls=True,
-        num_shuffled=2,
+        num_shuffled=1,
         sft=network,
         reward=RewardModelConfig(num_epochs=1, batch_size=8),
         ppo=PPOConfig(num_iterations=2, batch_size=8, num_epochs=1, num_minibatches=2, kl_horizon=100.0),
@@ -66,7 +66,7 @@ def test_report_holds_what_was_promised(config, result):
     assert stored["win_rate"]["n"] == 20
     assert "not a human" in stored["win_rate"]["judge"]
     assert set(stored["controls"]) == {"shuffled_labels", "kl_coef_1e3"}
-    assert len(stored["controls"]["shuffled_labels"]["runs"]) == 2
+    assert len(stored["controls"]["shuffled_labels"]["runs"]) == 1
     for name in ("report.md", "curves.png", "metrics.jsonl", "samples.jsonl", "config.json"):
         assert (config.run / name).stat().st_size > 0
     text = (config.run / "report.md").read_text()

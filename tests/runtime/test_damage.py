@@ -33,7 +33,7 @@ def same(a, b):
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _what_orbax_drops_over_damaged_files():
     """Its readers leave coroutines behind that warn when they are collected: here, and not during some later test."""
     yield
