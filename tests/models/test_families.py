@@ -220,28 +220,17 @@ def test_round_trip_is_exact(case, tmp_path):
     np.testing.assert_array_equal(torch_logits(theirs, tokens), torch_logits(model, tokens))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Llama",
-        "Gemma 3",
-        "GPT-2",
-        "Mixtral",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Gemma 2", "GPT-NeoX", "Mistral, window")),
-    ],
-)
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Gemma 3", "GPT-2", "GPT-NeoX", "Mixtral", "Mistral, window"])
 def test_greedy_text_is_equal_for_64_tokens(name, tmp_path):
-    """Two prompts of unequal length, the shorter one left-padded."""
+    """Two prompts of unequal length, the shorter one left-padded.
+
+    Their greedy text is ours where, at every token, their likeliest one after our text so far is ours: one forward.
+    """
     model = torch_model(*CASES[name])
     model.save_pretrained(tmp_path / "theirs")
     config, params, _ = huggingface.load(tmp_path / "theirs")
     rng = np.random.default_rng(2)
-    prompts, expected = [rng.integers(3, VOCAB, size) for size in (9, 5)], []
-    for prompt in prompts:
-        row = list(prompt)
-        for _ in range(64):
-            row.append(int(torch_logits(model, [row])[0, -1].argmax()))
-        expected.append(row[len(prompt) :])
+    prompts = [rng.integers(3, VOCAB, size) for size in (9, 5)]
     batch = PromptBatch(
         jnp.asarray([prompts[0], np.pad(prompts[1], (4, 0))]), jnp.asarray([[True] * 9, [False] * 4 + [True] * 5])
     )
@@ -250,7 +239,10 @@ def test_greedy_text_is_equal_for_64_tokens(name, tmp_path):
             transformer.causal_model(config), p, b, jax.random.key(0), max_new_tokens=64, eos_id=None, pad_id=0, top_k=1
         )
     )
-    np.testing.assert_array_equal(sample(params, batch).tokens[:, 9:], expected)
+    completions = np.asarray(sample(params, batch).tokens[:, 9:])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = np.asarray(torch_logits(model, [[*prompt, *completion]])[0])
+        np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(axis=-1), completion)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2", "GPT-NeoX", "OLMo 2", "Qwen 3 MoE", "Phi-3"])
