@@ -13,11 +13,13 @@ from typing import Any
 
 from task import TaskConfig
 
+from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
 from rlhf_jax.runtime.processes import Processes, is_first, joined
 from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, write_json
+from rlhf_jax.types import Params
 
 
 @contextlib.contextmanager
@@ -65,6 +67,20 @@ def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> No
     start = time.monotonic()
     act()
     write_json(path, {**seconds, name: round(time.monotonic() - start, 1)})
+
+
+def policy_keeper(run: Path, name: str, tokenizer: Tokenizer, *, every: int) -> Callable[[int, Params], None]:
+    """`keep_policy(step, params)`: every so many steps (0 = never) a policy in `run/NAME_steps`, for the KL-reward frontier.
+
+    A resumed act comes by steps again whose policy is there; it is the same one, bit for bit, and stays.
+    """
+    folder = run / f"{name}_steps"
+
+    def keep_policy(step: int, params: Params) -> None:
+        if every and step % every == 0 and (checkpoint.latest_step(folder) or 0) < step:
+            checkpoint.save(folder, step, params, notes={"tokenizer": tokenizer.fingerprint}, for_good=every)
+
+    return keep_policy
 
 
 def num_steps_of(config, num_rows: int, what: str) -> int:

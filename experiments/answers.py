@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kept_reward
 import numpy as np
 import report
-import reward_model
 import sampling
 import task
 from scoring import in_parts, row_logprobs, row_sums, score_rows
@@ -106,7 +106,7 @@ def divergences(policy: Model, reference: Model, answers: Answers, *, temperatur
 
 def reward_of_run(run: Path, network: TransformerConfig, tokenizer: Tokenizer, *, missing_eos_penalty: float) -> Reward:
     """Act 2's reward model."""
-    params, mean, std = reward_model.load(run, network, tokenizer)
+    params, mean, std = kept_reward.load(run, network, tokenizer)
     return Reward(Model(network, params), mean, std, missing_eos_penalty)
 
 

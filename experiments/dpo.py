@@ -5,8 +5,8 @@
 takes up `runs/mine/sft`, has the annotators rank K of its responses to each question, as act 2 does, and writes
 `runs/mine/METHOD`. With `--data FILE` it learns from the rankings or pairs of that file. `--dpo.num-rounds R` repeats it: the
 policy of a round answers other questions, its answers are ranked, and it learns from them (iterative DPO; Xiong et al. 2023).
-What a method is stands in `METHODS`. Deviation from the papers: a learning rate hundreds of times higher, for a network so
-small.
+What a method is stands in `dpo_methods.py`. Deviation from the papers: a learning rate hundreds of times higher, for a small
+network.
 
 Measured, DPO in three rounds after `rlhf.py` at seed 0, on two CPU cores beside other work: with the first reference it wins
 84.2 [80.8, 87.1] % against SFT at 1.2 nats (832 s), with the previous one 90.5 [87.7, 92.8] % at 2.3 nats (648 s).
@@ -14,16 +14,15 @@ Measured, DPO in three rounds after `rlhf.py` at seed 0, on two CPU cores beside
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal
 
 import jax
 import judge
-import reward_model
+import sampling
 import sft
 import task
 import tyro
 from acts import alone, facts, is_played, note_command, num_steps_of
+from dpo_methods import DPOConfig, build_objective
 from scoring import row_logprobs
 
 import rlhf_jax as rl
@@ -36,45 +35,7 @@ from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.training.optimizers import warmup_cosine
 from rlhf_jax.types import Params
 
-METHODS = {
-    "dpo": (rl.dpo_loss, {}),
-    "cdpo": (partial(rl.dpo_loss, label_smoothing=0.1), {}),
-    "robust_dpo": (rl.robust_dpo_loss, {}),
-    "ipo": (rl.ipo_loss, {}),
-    "ipo_means": (rl.ipo_loss, {"inputs_fn": rl.mean_against_reference}),
-    "orpo": (rl.orpo_loss, {"inputs_fn": rl.mean_per_token}),
-    "simpo": (rl.simpo_loss, {"inputs_fn": rl.mean_per_token}),
-    "cpo": (rl.cpo_loss, {"inputs_fn": rl.sums_and_nll}),
-    "kto": (rl.kto_loss, {}),
-}
-"""Name to loss, and to what it is told."""
-
 SHOW = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-
-
-@dataclasses.dataclass(frozen=True)
-class DPOConfig:
-    """Numbers of the run."""
-
-    method: Literal["dpo", "cdpo", "robust_dpo", "ipo", "ipo_means", "orpo", "simpo", "cpo", "kto"] = "dpo"
-    beta: float = 0.5
-    """0.1 in Rafailov et al. 2023; with all pairs of 4,096 rankings that lets this small policy run from its text. It means
-    another strength in every method; SimPO's is 2 to 2.5."""
-    nll_coef: float = 0.0
-    """Weight of the chosen completion's likelihood."""
-    num_epochs: float = 1.0
-    batch_size: int = 64
-    """Pairs; for KTO, completions."""
-    num_micro_batches: int = 1
-    learning_rate: float = 1e-4
-    num_responses: int = 4
-    """K, in the embedded world; all ordered pairs of a question's K responses are used."""
-    num_rounds: int = 1
-    """Of sampling, ranking and training; each with `num_epochs`, from the policy of the one before."""
-    reference: Literal["first", "previous"] = "first"
-    """Of a later round: the SFT policy, so that the leash holds over all rounds, or the policy that the round starts from."""
-    save_every: int = 100
-    """Steps from one checkpoint of the unfinished act to the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +43,6 @@ class Config(task.TaskConfig):
     """The run."""
 
     dpo: DPOConfig = DPOConfig()
-
-
-def build_objective(config: DPOConfig, network: rl.TransformerConfig):
-    """The method's objective."""
-    model, (loss_fn, options) = rl.causal_model(network), METHODS[config.method]
-    if config.method == "kto":
-        return rl.labelled_preference(model, loss_fn, beta=config.beta)
-    return rl.preference(model, loss_fn, beta=config.beta, nll_coef=config.nll_coef, **options)
 
 
 def ranked_answers(
@@ -100,7 +53,7 @@ def ranked_answers(
     start = number * task.NUM_RANKINGS % len(records)
     questions = [record.prompt[0].content for record in [*records[start:], *records[:start]][: task.NUM_RANKINGS]]
     settings = {"num_responses": config.dpo.num_responses, "seed": config.seed + 10_000 * number}
-    return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
+    return sampling.collect_rankings(config, network, tokenizer, policy, questions, **settings)
 
 
 def as_batch(

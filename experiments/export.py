@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import judge
-import reward_model
+import kept_reward
 import sft
 import tyro
 
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     settings = json.loads((run / "config.json").read_text(encoding="utf-8")) if (run / "config.json").exists() else {}
     figures, ids = figures_of(run), {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id}
     if act == "reward_model":
-        params, mean, std = reward_model.load(run, network, tokenizer)
+        params, mean, std = kept_reward.load(run, network, tokenizer)
         head = params["head"]  # the format has no place for a bias, which changes no comparison
         figures = {"score_mean": mean - float(head["bias"]), "score_std": std, **figures}
         params = {**params, "head": {**head, "bias": jnp.zeros_like(head["bias"])}}

@@ -10,11 +10,9 @@ instruction tuning before, no reward model, only GSM8K's questions. DAPO has no 
 """
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 
-import grpo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,17 +21,17 @@ import sft
 import task
 import tyro
 from acts import facts, is_played, note_command, refuse_processes
-from grpo import GRPOConfig
-from gsm8k_problems import Problems, load, score
+from grpo_methods import GRPOConfig
+from gsm8k_iteration import build
+from gsm8k_problems import Problems, answer_rows, load, score, shares
 
 import rlhf_jax as rl
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
-from rlhf_jax.runtime.resume import forget, guarded
+from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, open_run, read_json_lines, write_json, write_json_lines
-from rlhf_jax.training.evaluate import proportion_interval
 from rlhf_jax.types import Params
 
 SHOW = {"reward/exact": "right", "reward/form": "form", "objective/kl": "KL", "response/len_mean": "length"}
@@ -66,29 +64,6 @@ class Config(task.TaskConfig):
 def lengths_of(config: Config) -> task.TaskConfig:
     """What a sampler reads of the configuration, and nothing that differs from run to run."""
     return task.TaskConfig(prompt_length=config.prompt_length, response_length=config.response_length)
-
-
-@functools.cache
-def build(settings: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerConfig, eos_id: int, pad_id: int):
-    """The optimiser, and the compiled parts of an iteration: sample, experience, update; equal arguments share them."""
-    model = rl.causal_model(network)
-    if settings.method in ("remax", "raft", "online_dpo") or settings.ptx_coef:
-        what = f"method {settings.method!r}, ptx_coef {settings.ptx_coef}"
-        raise ValueError(
-            f"{what}: remax, raft, online_dpo and PPO-ptx are not offered here; nothing was started. Fix: grpo"
-        )
-    method, optimizer = (
-        grpo.methods(settings, lengths.response_length)[settings.method],
-        grpo.annealed_optimizer(settings),
-    )
-    sample = sampling.jitted_sampler(lengths, network, eos_id, pad_id, settings.group_size, settings.temperature)
-    experience_fn, update = grpo.learning(settings, method, model, optimizer)
-
-    def experience(state: rl.PPOState, reference: Params, generation: rl.Generation, scores, rows):
-        batch, metrics = experience_fn(state.params, reference, generation, scores, state.kl_coef)
-        return rl.learn_from(batch, rows), metrics
-
-    return optimizer, sample, jax.jit(experience), jax.jit(guarded(update), donate_argnums=0)
 
 
 def train(config: Config, tokenizer: Tokenizer, network: rl.TransformerConfig, policy: Params, problems: Problems):
@@ -135,11 +110,7 @@ def answers(config: Config, tokenizer: Tokenizer, network, params: Params, probl
     sample = sampling.jitted_sampler(lengths_of(config), network, tokenizer.eos_id, tokenizer.pad_id, temperature=0.0)
     sampled = sampling.sample_all(sample, params, problems.prompts, jax.random.key(config.seed), batch_size=64)
     texts = sampling.completions(tokenizer, sampled)
-    scored = score(problems, np.arange(len(texts)), texts, where=when, time_limit=config.time_limit)
-    right, form = scored.scores.tolist()
-    columns = zip(problems.ids, problems.questions, problems.answers, texts, right, form, strict=True)
-    names = ("id", "question", "answer", "completion", "right", "form")
-    return [{"when": when, **dict(zip(names, row, strict=True))} for row in columns]
+    return answer_rows(problems, texts, when=when, time_limit=config.time_limit)
 
 
 def play(config: Config, run: Path) -> list[dict]:
@@ -170,14 +141,7 @@ def main(config: Config) -> dict:
         run = open_run(config.run, config, resume=config.resume, force=config.force)
         played = is_played(run, config.grpo.method, resume=config.resume)
         rows = list(read_json_lines(run / "samples.jsonl")) if played else play(config, run)
-    report = {}
-    for when in ("before", "after"):
-        right = proportion_interval(np.array([row["right"] for row in rows if row["when"] == when]))
-        form = proportion_interval(np.array([row["form"] for row in rows if row["when"] == when]))
-        report[when] = {"right": right._asdict(), "form": form._asdict()}
-        print(f"{when}: {right} of {right.n} held-out questions right, {form} end in #### and a number")
-    if not any(row["right"] for row in rows):
-        print("This model solves none of them, before and after: the run shows that the parts fit together, no more")
+    report = shares(rows)
     write_json(run / "report.json", report)
     return report
 

@@ -15,6 +15,7 @@ from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import Message
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import faults
+from rlhf_jax.training.evaluate import proportion_interval
 from rlhf_jax.training.verifiable import make_exact_number, make_full_match
 from rlhf_jax.types import PromptBatch
 
@@ -64,6 +65,27 @@ def score(problems: Problems, rows: np.ndarray, texts: list[str], **options) -> 
         ids=[problems.ids[i] for i in rows],
         **options,
     )
+
+
+def answer_rows(problems: Problems, texts: list[str], *, when: str, time_limit: float) -> list[dict]:
+    """One text for each problem with its rewards, as rows of `samples.jsonl`."""
+    right, form = score(problems, np.arange(len(texts)), texts, where=when, time_limit=time_limit).scores.tolist()
+    columns = zip(problems.ids, problems.questions, problems.answers, texts, right, form, strict=True)
+    names = ("id", "question", "answer", "completion", "right", "form")
+    return [{"when": when, **dict(zip(names, row, strict=True))} for row in columns]
+
+
+def shares(rows: list[dict]) -> dict:
+    """How many of the answers are right, and in form, before and after; printed, too."""
+    found = {}
+    for when in ("before", "after"):
+        of_time = [row for row in rows if row["when"] == when]
+        right, form = (proportion_interval(np.array([row[name] for row in of_time])) for name in ("right", "form"))
+        found[when] = {"right": right._asdict(), "form": form._asdict()}
+        print(f"{when}: {right} of {right.n} held-out questions right, {form} end in #### and a number")
+    if not any(row["right"] for row in rows):
+        print("This model solves none of them, before and after: the run shows that the parts fit together, no more")
+    return found
 
 
 def _visited(function: rl.RewardFn) -> rl.RewardFn:

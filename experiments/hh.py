@@ -7,6 +7,7 @@
 (1) supervised fine-tuning on chosen replies, (2) a helpful and a harmless reward model on half of the comparisons,
 and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)` until the KL target is reached,
 and what must hold or fail beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations
+import kept_reward
 from the paper: a network of 0.4 million parameters from random weights, reward models that are heads on its averaged
 features, the last human turn as prompt, the first tokens of the reply. The numbers are in `hh_config.py`, the data in
 `hh_data.py`, acts 2 and 3 in `hh_rewards.py` and `hh_rl.py`, what is said about them in `hh_report.py`.
@@ -23,7 +24,6 @@ import hh_rewards
 import hh_rl
 import jax
 import numpy as np
-import reward_model
 import sampling
 import sft
 from acts import note_command, timed
@@ -68,7 +68,7 @@ def reply_rows(job: Job, data: HHData, runs: Sequence[RLRun]) -> list[dict]:
     tokenizer, network, reference = sft.load(job.run)
     pairs = hh_data.unique_prompts(data.of("held_out"))
     prompts = hh_data.prompt_rows(job.hh, data, pairs)
-    judges = {d: reward_model.load(job.run / "rewards" / name, network, tokenizer) for d, name in JUDGES.items()}
+    judges = {d: kept_reward.load(job.run / "rewards" / name, network, tokenizer) for d, name in JUDGES.items()}
     num_samples, temperature, rows = job.hh.samples_per_prompt, job.hh.ppo.temperature, []
     sample = sampling.jitted_sampler(job.hh.lengths, network, None, tokenizer.pad_id, num_samples, temperature)
     for name in ("sft", *(run.name for run in runs)):
@@ -144,7 +144,7 @@ def _pair_rows(
 def pair_scores(job: Job, name: str, rows: RankingBatch) -> np.ndarray:
     """Raw scores `[N, 2]` of chosen and rejected."""
     tokenizer, network, _ = sft.load(job.run)
-    params, _, _ = reward_model.load(job.run / "rewards" / name, network, tokenizer)
+    params, _, _ = kept_reward.load(job.run / "rewards" / name, network, tokenizer)
     inputs = (x.reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.segment_ids, rows.completion_mask))
     return score_rows(network, params, *inputs).reshape(-1, 2)
 

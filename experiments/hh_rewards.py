@@ -6,8 +6,8 @@ from functools import partial
 import hh_data
 import jax
 import jax.numpy as jnp
+import kept_reward
 import numpy as np
-import reward_model
 import sampling
 import scipy.optimize
 import sft
@@ -82,7 +82,7 @@ def fit(job: Job, name: str, rows: RankingBatch, sampled: Generation | None) -> 
     if sampled is not None:
         scores = score_rows(network, params, sampled.tokens, sampled.segment_ids, sampled.completion_mask)
         mean, std = float(scores.mean()), float(scores.std())
-    reward_model.save(folder, params, tokenizer, mean=mean, std=std)
+    kept_reward.save(folder, params, tokenizer, mean=mean, std=std)
 
 
 @functools.cache

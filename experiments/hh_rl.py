@@ -6,9 +6,9 @@ import functools
 import hh_data
 import jax
 import jax.numpy as jnp
+import kept_reward
 import optax
 import ppo
-import reward_model
 import sampling
 import sft
 import task
@@ -109,7 +109,7 @@ def play(job: Job, data: HHData, run: RLRun) -> None:
     """
     tokenizer, network, policy = sft.load(job.run)
     optimizer, iteration = build(run.ppo, job.hh.lengths, network, tokenizer.pad_id)
-    loaded = [reward_model.load(job.run / "rewards" / name, network, tokenizer) for name, _ in run.weights]
+    loaded = [kept_reward.load(job.run / "rewards" / name, network, tokenizer) for name, _ in run.weights]
     models = jax.tree.map(lambda *arrays: jnp.stack(arrays), *[params for params, _, _ in loaded])
     weights, means, stds = (
         jnp.asarray(x) for x in ([w for _, w in run.weights], [x[1] for x in loaded], [x[2] for x in loaded])

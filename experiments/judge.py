@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import jax
+import kept_reward
 import numpy as np
 import report
-import reward_model
 import sampling
 import sft
 import task
@@ -28,7 +28,7 @@ def rankings_of_policy(config: task.TaskConfig, run: Path, *, num_responses: int
     else:
         questions = [record.prompt[0].content for record in task.load_prompts(config)[0][: task.NUM_RANKINGS]]
     settings = {"num_responses": num_responses, "seed": config.seed + (1000 if held_out else 0)}
-    return reward_model.collect_rankings(config, network, tokenizer, policy, questions, **settings)
+    return sampling.collect_rankings(config, network, tokenizer, policy, questions, **settings)
 
 
 def load_policy(
@@ -60,7 +60,7 @@ def answer(
 def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
     """SFT and PPO on every held-out question."""
     tokenizer, network, policy = sft.load(run)
-    reward_params, mean, std = reward_model.load(run, network, tokenizer)
+    reward_params, mean, std = kept_reward.load(run, network, tokenizer)
     sides = {}
     for side, params, seed in (("before", policy, 1), ("after", load_policy(run, network, tokenizer), 2)):
         texts, sampled, kl = answer(config, run, params, seed=config.seed + seed)
@@ -76,7 +76,7 @@ def comparison_rows(config: task.TaskConfig, run: Path) -> list[dict]:
 def ranking_rows(config: task.TaskConfig, run: Path, *, num_responses: int) -> list[dict]:
     """The reward model on held-out rankings."""
     tokenizer, network, _ = sft.load(run)
-    params, _, _ = reward_model.load(run, network, tokenizer)
+    params, _, _ = kept_reward.load(run, network, tokenizer)
     rankings = rankings_of_policy(config, run, num_responses=num_responses, held_out=True)
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
     flat = (-1, data.tokens.shape[-1])

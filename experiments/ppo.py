@@ -15,12 +15,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import reward_model
+import kept_reward
 import sampling
 import sft
 import task
 import tyro
-from acts import alone, facts, is_played, note_command
+from acts import alone, facts, is_played, note_command, policy_keeper
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -63,6 +63,8 @@ class PPOConfig:
     kl_horizon: float = 600.0
     save_every: int = 10
     """Iterations from one checkpoint of the unfinished act to the next."""
+    policy_every: int = 0
+    """Iterations from one policy kept in `RUN/ppo_steps` to the next, points of `evaluate.py`'s frontier; 0 = none."""
     temperature: float = 1.0
     gae_lambda: float = 0.95
     vf_coef: float = 0.1
@@ -131,14 +133,15 @@ def train(
     *,
     seed: int,
     keep: Callable,
+    keep_policy: Callable[[int, Params], None] = lambda step, params: None,
     reward_network: TransformerConfig | None = None,
     demonstrations: SequenceBatch | None = None,
     stage: str = "ppo",
 ) -> tuple[Params, list[dict[str, float]]]:
     """Train the policy that `frozen.ref_params` starts; returns its parameters and the metrics of every iteration.
 
-    `keep` is `task.keeper`'s. `reward_network` is the reward model's shape, the policy's where it is None. `demonstrations`
-    are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
+    `keep` is `task.keeper`'s, `keep_policy` that of `acts`. `reward_network` is the reward model's shape, the policy's where
+    it is None. `demonstrations` are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
     """
     mesh, reward_network = make_mesh(), reward_network or network
     optimizer, iteration = build(config, lengths, network, reward_network, tokenizer.eos_id, tokenizer.pad_id)
@@ -161,6 +164,7 @@ def train(
             state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
             metrics = kept.check(step, state, metrics, batch)
             log.write(step, metrics, tokens=int(config.batch_size * metrics["response/len_mean"]))
+            keep_policy(step + 1, state.params["policy"])
             kept.finish(step, state)
     return state.params["policy"], [row for row in read_json_lines(kept.log_to) if row["stage"] == stage]
 
@@ -181,13 +185,13 @@ def main(config: Config) -> None:
     train_prompts, _ = task.load_prompts(config)
     rows = task.prompt_rows(config, tokenizer, train_prompts)
     if config.reward_model is None:
-        reward_network, (reward_params, mean, std) = network, reward_model.load(run, network, tokenizer)
+        reward_network, (reward_params, mean, std) = network, kept_reward.load(run, network, tokenizer)
     else:
-        reward = reward_network, reward_params = reward_model.load_folder(
+        reward = reward_network, reward_params = kept_reward.load_folder(
             config.reward_model, tokenizer, dtype=config.dtype
         )
         some = jax.tree.map(lambda x: x[:512], rows)
-        mean, std = reward_model.reference_moments(config, network, tokenizer, policy, reward, some, seed=config.seed)
+        mean, std = kept_reward.reference_moments(config, network, tokenizer, policy, reward, some, seed=config.seed)
     frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     demonstrations = None
     if config.ppo.ptx_coef:
@@ -201,6 +205,7 @@ def main(config: Config) -> None:
         rows,
         seed=config.seed,
         keep=task.keeper(config),
+        keep_policy=policy_keeper(run, "ppo", tokenizer, every=config.ppo.policy_every),
         reward_network=reward_network,
         demonstrations=demonstrations,
     )

@@ -10,40 +10,29 @@ with pretrained networks one is usual, and more overfits (Stiennon et al. 2020).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import kept_reward
 import reward_ensemble
 import sampling
 import sft
 import task
 import tyro
 from acts import alone, facts, is_played, note_command, num_steps_of
-from scoring import score_rows
 
+import rlhf_jax as rl
 from rlhf_jax.data import synthetic
 from rlhf_jax.data.batching import batch_indices
-from rlhf_jax.data.records import Prompt, Ranking
-from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rlhf_jax.functional.reward_losses import first_choice_loss, plackett_luce_loss
-from rlhf_jax.models import huggingface, transformer
-from rlhf_jax.models.heads import init_reward_head
-from rlhf_jax.models.transformer import TransformerConfig
-from rlhf_jax.objectives import reward_model
-from rlhf_jax.runtime import checkpoint
+from rlhf_jax.data.records import Prompt
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
-from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
-from rlhf_jax.training.ensembles import average_members
-from rlhf_jax.training.evaluate import evaluate
-from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
-from rlhf_jax.training.train_step import init_train_state, make_train_step
-from rlhf_jax.types import Objective, Params, PromptBatch, RankingBatch
+from rlhf_jax.training.optimizers import warmup_cosine
+from rlhf_jax.types import Objective, Params
 
-RANKING_LOSSES = {"pairs": None, "first_choice": first_choice_loss, "plackett_luce": plackett_luce_loss}
+RANKING_LOSSES = {"pairs": None, "first_choice": rl.first_choice_loss, "plackett_luce": rl.plackett_luce_loss}
 """What a ranking means: Bradley-Terry over all its pairs (the objective's own), one choice among K, or K - 1 choices."""
 
 
@@ -75,34 +64,32 @@ class Config(task.TaskConfig):
     reward: RewardModelConfig = RewardModelConfig()
 
 
-def build_objective(config: RewardModelConfig, network: TransformerConfig) -> Objective:
+def build_objective(config: RewardModelConfig, network: rl.TransformerConfig) -> Objective:
     """The ranking loss of the configuration."""
     coefficients = {"label_smoothing": config.label_smoothing, "centering_coef": config.centering_coef}
     ranking_loss = RANKING_LOSSES[config.ranking_loss]
-    return reward_model(transformer.causal_model(network), ranking_loss=ranking_loss, **coefficients)
+    return rl.reward_model(rl.causal_model(network), ranking_loss=ranking_loss, **coefficients)
 
 
 def train(
     config: RewardModelConfig,
-    network: TransformerConfig,
+    network: rl.TransformerConfig,
     trunk: Params,
-    data: RankingBatch,
+    data: rl.RankingBatch,
     *,
     seed: int,
     keep: Callable,
     stage: str = "reward_model",
 ) -> Params:
     """Fit a reward model that starts from `trunk` (the SFT policy) with a fresh head; `keep` is `task.keeper`'s."""
-    mesh = make_mesh()
-    num_prompts = data.tokens.shape[0]
+    mesh, num_prompts = rl.make_mesh(), len(data.tokens)
     num_steps = num_steps_of(config, num_prompts, "rankings")
-    optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
-    train_step = make_train_step(
-        build_objective(config, network), optimizer, num_micro_batches=config.num_micro_batches
-    )
-    train_step = jax.jit(guarded(train_step), donate_argnums=0)
-    head = init_reward_head(jax.random.key(seed), network.model_dim)
-    state = replicate(init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer), mesh)
+    optimizer = rl.adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
+    objective, num_micro_batches = build_objective(config, network), config.num_micro_batches
+    step_fn = rl.make_train_step(objective, optimizer, num_micro_batches=num_micro_batches)
+    train_step = jax.jit(guarded(step_fn), donate_argnums=0)
+    head = rl.init_reward_head(jax.random.key(seed), network.model_dim)
+    state = rl.replicate(rl.init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer), mesh)
     show, same = {"rm/loss": "loss", "rm/accuracy": "accuracy"}, facts(config, seed=seed, data=data, start=trunk)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -111,86 +98,16 @@ def train(
         state = kept.state
         for step in range(kept.first_step, num_steps):
             rows = batch_indices(seed, step, num_examples=num_prompts, batch_size=config.batch_size)
-            batch = kept.batch(step, shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
+            batch = kept.batch(step, rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
             state, metrics = train_step(state, batch)
             log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
             kept.finish(step, state)
     return state.params
 
 
-def collect_rankings(
-    config: task.TaskConfig,
-    network: TransformerConfig,
-    tokenizer: Tokenizer,
-    policy: Params,
-    questions: Sequence[str],
-    *,
-    num_responses: int,
-    seed: int,
-) -> list[Ranking]:
-    """The human step of the embedded world: sample K responses to each question, have them ranked."""
-    sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id, num_responses)
-    prompts = task.prompt_rows(config, tokenizer, task.world_prompts(questions))
-    sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=128)
-    texts = sampling.completions(tokenizer, sampled)
-    groups = [texts[i : i + num_responses] for i in range(0, len(texts), num_responses)]
-    return task.world_rankings(questions, groups, seed=seed)
-
-
-def reference_moments(
-    config: task.TaskConfig,
-    network: TransformerConfig,
-    tokenizer: Tokenizer,
-    policy: Params,
-    reward: tuple[TransformerConfig, Params],
-    prompts: PromptBatch,
-    *,
-    seed: int,
-) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores on fresh samples of the SFT policy (lm-human-preferences #16)."""
-    sample = sampling.jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id)
-    sampled = sampling.sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=256)
-    scores = score_rows(*reward, sampled.tokens, sampled.segment_ids)
-    return float(scores.mean()), float(scores.std())
-
-
-def save(run: Path, params: Params, tokenizer: Tokenizer, *, mean: float, std: float) -> None:
-    """Keep the reward model and the moments of its scores on the SFT policy's samples."""
-    checkpoint.save(
-        run / "reward_model", 0, params, notes={"mean": mean, "std": std, "tokenizer": tokenizer.fingerprint}
-    )
-
-
-def load(run: Path, network: TransformerConfig, tokenizer: Tokenizer) -> tuple[Params, float, float]:
-    """The reward model of act 2, and the mean and standard deviation of its scores on the SFT policy's samples."""
-    notes = checkpoint.read_notes(run / "reward_model")
-    if notes["tokenizer"] != tokenizer.fingerprint:
-        raise ValueError(f"the reward model in {run} was trained with another tokenizer than the policy")
-    like = jax.eval_shape(
-        lambda: {
-            "trunk": transformer.init(jax.random.key(0), network),
-            "head": init_reward_head(jax.random.key(0), network.model_dim),
-        }
-    )
-    return checkpoint.restore(run / "reward_model", like), notes["mean"], notes["std"]
-
-
-def load_folder(folder: Path, tokenizer: Tokenizer, *, dtype: str = "float32") -> tuple[TransformerConfig, Params]:
-    """A reward model in a Hugging Face folder: network and parameters. Its tokenizer must be the policy's."""
-    theirs = load_tokenizer(folder)
-    if theirs.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{folder}: the reward model's tokenizer ({theirs.fingerprint[:12]}, {theirs.vocab_size} ids) is not the policy's "
-            f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids), so it would read other text than was written; "
-            "nothing was started. Fix: a reward model trained on the policy's tokenizer"
-        )
-    loaded = huggingface.load_reward_model(folder)
-    return sft.computed(loaded.config, dtype), loaded.params
-
-
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
-    run = config.run
+    run, seed = config.run, config.seed
     if is_played(run, "reward_model", resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)
@@ -198,11 +115,11 @@ def main(config: Config) -> None:
     num_responses = config.reward.num_responses
     if config.data is None:
         prompts, held_out_prompts = task.load_prompts(config)
-        settings = {"num_responses": num_responses, "seed": config.seed}
-        questions = [record.prompt[0].content for record in prompts[: task.NUM_RANKINGS]]
-        rankings = collect_rankings(config, network, tokenizer, policy, questions, **settings)
-        questions = [record.prompt[0].content for record in held_out_prompts]
-        held_out = collect_rankings(config, network, tokenizer, policy, questions, **settings)
+        questions = [[r.prompt[0].content for r in part] for part in (prompts[: task.NUM_RANKINGS], held_out_prompts)]
+        options = {"num_responses": num_responses, "seed": seed}
+        rankings, held_out = (
+            sampling.collect_rankings(config, network, tokenizer, policy, asked, **options) for asked in questions
+        )
         print(synthetic.agreement_ceiling(task.response_pairs(held_out)))
     else:
         rankings, held_out = task.load_rankings(config)
@@ -212,18 +129,18 @@ def main(config: Config) -> None:
     settings, keep, num_members = config.reward, task.keeper(config), config.reward.ensemble
     if num_members > 1:
         objective = build_objective(settings, network)
-        members = reward_ensemble.train(settings, network, objective, policy, data, seed=config.seed, keep=keep)
-        params = average_members(members)
+        members = reward_ensemble.train(settings, network, objective, policy, data, seed=seed, keep=keep)
+        params = rl.average_members(members)
     else:
-        params = train(settings, network, policy, data, seed=config.seed, keep=keep)
+        params = train(settings, network, policy, data, seed=seed, keep=keep)
     rows = task.prompt_rows(config, tokenizer, prompts[:512])
     held_out_rows = task.ranking_rows(config, tokenizer, held_out, num_responses=num_responses)
     if num_members > 1:
         reward_ensemble.finish(config, network, tokenizer, policy, members, rows, held_out_rows)
-    mean, std = reference_moments(config, network, tokenizer, policy, (network, params), rows, seed=config.seed)
-    save(run, params, tokenizer, mean=mean, std=std)
+    mean, std = kept_reward.reference_moments(config, network, tokenizer, policy, (network, params), rows, seed=seed)
+    kept_reward.save(run, params, tokenizer, mean=mean, std=std)
     forget(run, "reward_model")
-    result = evaluate(reward_model(transformer.causal_model(network)))(params, sft.batches(held_out_rows, 32))
+    result = rl.evaluate(rl.reward_model(rl.causal_model(network)))(params, sft.batches(held_out_rows, 32))
     print(f"held-out accuracy {result['rm/accuracy']:.3f}; reward model saved in {run / 'reward_model'}")
 
 

@@ -18,6 +18,7 @@ import hh
 import jax
 import jax.numpy as jnp
 import judge
+import kept_reward
 import numpy as np
 import ppo
 import report
@@ -81,8 +82,8 @@ def fit_reward_model(
     keep = task.keeper(config)
     params = reward_model.train(config.reward, network, policy, data, seed=seed, keep=keep, stage=stage)
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0][:512])
-    moments = reward_model.reference_moments(config, network, tokenizer, policy, (network, params), prompts, seed=seed)
-    reward_model.save(save_to, params, tokenizer, mean=moments[0], std=moments[1])
+    moments = kept_reward.reference_moments(config, network, tokenizer, policy, (network, params), prompts, seed=seed)
+    kept_reward.save(save_to, params, tokenizer, mean=moments[0], std=moments[1])
     forget(run, stage)
 
 
@@ -91,7 +92,7 @@ def play_ppo(
 ):
     """Act 3; a control reads another reward model and saves elsewhere."""
     tokenizer, network, policy = sft.load(run)
-    reward_params, mean, std = reward_model.load(rewards_from or run, network, tokenizer)
+    reward_params, mean, std = kept_reward.load(rewards_from or run, network, tokenizer)
     frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
     demonstrations = None

@@ -1,13 +1,17 @@
-"""A policy's completions of whole data sets, and their text."""
+"""A policy's completions of whole data sets, their text, and what the embedded world's annotators make of it."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import task
 from task import TaskConfig
 
 from rlhf_jax.data import chat
+from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
@@ -74,6 +78,32 @@ def sample_all(sample_fn, params: Params, prompts: PromptBatch, key: jax.Array, 
 
 
 def completions(tokenizer: Tokenizer, generation: Generation) -> list[str]:
-    """The text of each completion."""
+    """The text of each completion. An id that only a padded embedding has, and no text, shows as U+FFFD."""
+
+    def text(ids: list[int]) -> str:
+        runs = itertools.groupby(ids, lambda i: i < tokenizer.vocab_size)
+        return "".join(
+            chat.decode_completion(tokenizer, list(run)) if known else "\ufffd" * len(list(run)) for known, run in runs
+        )
+
     tokens, masks = np.asarray(generation.tokens), np.asarray(generation.completion_mask)
-    return [chat.decode_completion(tokenizer, row[mask].tolist()) for row, mask in zip(tokens, masks, strict=True)]
+    return [text(row[mask].tolist()) for row, mask in zip(tokens, masks, strict=True)]
+
+
+def collect_rankings(
+    config: TaskConfig,
+    network: TransformerConfig,
+    tokenizer: Tokenizer,
+    policy: Params,
+    questions: Sequence[str],
+    *,
+    num_responses: int,
+    seed: int,
+) -> list[Ranking]:
+    """The human step of the embedded world: sample K responses to each question, have them ranked."""
+    sample = jitted_sampler(config, network, tokenizer.eos_id, tokenizer.pad_id, num_responses)
+    prompts = task.prompt_rows(config, tokenizer, task.world_prompts(questions))
+    sampled = sample_all(sample, policy, prompts, jax.random.key(seed), batch_size=128)
+    texts = completions(tokenizer, sampled)
+    groups = [texts[i : i + num_responses] for i in range(0, len(texts), num_responses)]
+    return task.world_rankings(questions, groups, seed=seed)

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import judge
+import kept_reward
 import numpy as np
 import ppo
 import reward_model
@@ -126,17 +127,17 @@ def play_reward_model(config: Config, run: Path) -> None:
     data = ranked_stories(config, policy, asked, seed=config.seed + 2)
     params = reward_model.train(config.reward, network, start, data, seed=config.seed, keep=task.keeper(config))
     prompts = rows_of_openings(config, tokenizer, openings[:256])
-    mean, std = reward_model.reference_moments(
+    mean, std = kept_reward.reference_moments(
         config, network, tokenizer, start, (network, params), prompts, seed=config.seed
     )
-    reward_model.save(run, params, tokenizer, mean=mean, std=std)
+    kept_reward.save(run, params, tokenizer, mean=mean, std=std)
     forget(run, "reward_model")
 
 
 def play_ppo(config: Config, run: Path) -> None:
     """Act 3."""
     tokenizer, network, start = sft.load(run)
-    reward_params, mean, std = reward_model.load(run, network, tokenizer)
+    reward_params, mean, std = kept_reward.load(run, network, tokenizer)
     frozen = Frozen(start, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = rows_of_openings(config, tokenizer, stories_judge.openings(held_out=False))
     options = {"seed": config.seed, "keep": task.keeper(config)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import acts
 import jax
+import kept_reward
 import numpy as np
 import ppo
 import reward_model
@@ -50,7 +51,7 @@ def play(act, run, resume, processes=NOBODY):
         script.main(config)
         tokenizer, network, params = sft.load(run)
         if act == "reward_model":
-            params, *moments = reward_model.load(run, network, tokenizer)
+            params, *moments = kept_reward.load(run, network, tokenizer)
             params = {"params": params, "moments": np.asarray(moments)}
         if act == "ppo":
             params = checkpoint.restore(run / "ppo", params)

@@ -1,6 +1,7 @@
 """The study of best-of-n at a small size, and its criteria on what breaks them; `test_evaluate.py` has the curve of a run."""
 
 import best_of_n
+import best_of_n_tilted
 import numpy as np
 import pytest
 from best_of_n import Config
@@ -32,9 +33,9 @@ def test_rows_of_the_table_are_prefixes():
 
 
 def test_the_study_at_a_small_size(monkeypatch, capsys):
-    monkeypatch.setattr(best_of_n, "TOY", Tabular(4, 3))
+    monkeypatch.setattr(best_of_n_tilted, "TOY", Tabular(4, 3))
     path = np.linspace(0.1, 1.0, TINY.num_iterations)[None]
-    monkeypatch.setattr(best_of_n, "run_ppo", lambda *problem, num_iterations: (path, path))
+    monkeypatch.setattr(best_of_n_tilted, "run_ppo", lambda *problem, num_iterations: (path, path))
     passed = best_of_n.main(TINY)
     out = capsys.readouterr().out
     assert len(passed) == 8
@@ -64,8 +65,8 @@ def test_a_biased_pool_fails(monkeypatch):
 @pytest.mark.slow
 def test_the_librarys_own_ppo_reaches_the_tilted_policy():
     """J within 0.01 of beta log Z: sampler, experience, objective and iteration as every run uses them."""
-    toy, betas = best_of_n.Toy(0), (1.0, 0.3)
-    kl, reward = best_of_n.run_ppo(best_of_n.TOY, toy.reference, toy.raw_scores, betas)
+    toy, betas = best_of_n_tilted.Toy(0), (1.0, 0.3)
+    kl, reward = best_of_n_tilted.run_ppo(best_of_n_tilted.TOY, toy.reference, toy.raw_scores, betas)
     for beta, nats, earned in zip(betas, kl[:, -1], reward[:, -1], strict=True):
         best = beta * np.log(np.exp(toy.logprobs + toy.scores / beta).sum())
         assert best - 0.01 <= earned - beta * nats <= best + 1e-4

@@ -6,6 +6,7 @@ import json
 import answers
 import best_of_n
 import evaluate
+import evaluation
 import numpy as np
 import pytest
 from best_of_n_curve import CurveConfig
@@ -14,6 +15,7 @@ from experiments.untrained import LENGTHS, shrink, write_run
 
 from rlhf_jax.runtime.runs import read_json_lines, write_json_lines
 from rlhf_jax.training.evaluate import mean_interval
+from rlhf_jax.types import Generation
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_every_saved_step_is_a_point_of_the_frontier(run, result, config):
     assert json.loads((run / "evaluation.json").read_text()) == json.loads(json.dumps(result))
     assert (run / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "not a human" in result["judges"]["gold/win_rate"]
-    assert set(evaluate.METRICS) - {"win_rate_equal_length"} <= rows[1].keys()
+    assert set(evaluation.METRICS) - {"win_rate_equal_length"} <= rows[1].keys()
 
 
 def test_the_baseline_against_itself(result):
@@ -64,7 +66,7 @@ def test_red_flags_name_stage_and_step(result):
 
 def test_measures_are_those_of_loops():
     rng = np.random.default_rng(0)
-    generation = evaluate.rl.Generation(
+    generation = Generation(
         tokens=rng.integers(0, 5, (8, 6)),
         segment_ids=np.ones((8, 6), int),
         completion_mask=np.arange(6) < rng.integers(2, 7, (8, 1)),
@@ -75,7 +77,7 @@ def test_measures_are_those_of_loops():
     scores = 2.0 * np.log(sizes) + 1.0 + 0.1 * rng.normal(size=(4, 2))
     ours = answers.Answers(generation, [""] * 8, scores, sizes, rng.normal(size=(4, 2)))
     theirs = ours._replace(scores=2.0 * np.log(sizes) + 1.0, gold=ours.gold - 1.0)
-    row = evaluate.measure(ours, theirs, {"exact": np.ones((4, 2)), "k1": np.zeros((4, 2))})
+    row = evaluation.measure(ours, theirs, {"exact": np.ones((4, 2)), "k1": np.zeros((4, 2))})
     assert row["response/eos_frac"] == 6 / 8
     assert row["response/len_mean"] == sizes.mean()
     assert row["objective/kl"] == 1.0

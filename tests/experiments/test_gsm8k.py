@@ -10,7 +10,7 @@ import gsm8k_problems
 import jax
 import numpy as np
 import pytest
-from grpo import GRPOConfig
+from grpo_methods import GRPOConfig
 from scipy.stats import binomtest
 
 import rlhf_jax as rl

@@ -1,12 +1,14 @@
 """`--model DIRECTORY` and back: acts that start from a checkpoint, and what they leave as one."""
 
+import acts
+import evaluate
 import export
 import jax
 import jax.numpy as jnp
+import kept_reward
 import numpy as np
 import ppo
 import pytest
-import reward_model
 import sft
 import task
 from scoring import score_rows
@@ -56,7 +58,7 @@ def run(folders, tmp_path_factory):
     """Act 3 from two foreign checkpoints, without acts 1 and 2."""
     policy, reward = folders
     run = tmp_path_factory.mktemp("runs") / "foreign"
-    numbers = ppo.PPOConfig(num_iterations=1, batch_size=8, num_epochs=1, num_minibatches=1, kl_horizon=100.0)
+    numbers = ppo.PPOConfig(num_iterations=1, batch_size=8, num_epochs=1, num_minibatches=1, policy_every=1)
     ppo.main(ppo.Config(run=run, model=policy, reward_model=reward, ppo=numbers, **LENGTHS))
     return run
 
@@ -70,6 +72,44 @@ def test_act_3_from_foreign_checkpoints(run, folders):
     moved = checkpoint.restore(run / "ppo", jax.eval_shape(lambda: reference))
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), moved, reference)))
     assert network.vocab_size == tokenizer.vocab_size + 3
+
+
+def test_policies_are_kept_on_the_way(run, folders):
+    """The last of them is the act's own; on an act that resumes, the same step comes again and stays."""
+    like = jax.eval_shape(lambda params: params, sft.load(run)[2])
+    kept = checkpoint.restore(run / "ppo_steps", like, step=1)
+    jax.tree.map(np.testing.assert_array_equal, kept, checkpoint.restore(run / "ppo", like))
+    keep_policy = acts.policy_keeper(run, "ppo", load_tokenizer(folders[0]), every=1)
+    keep_policy(1, jax.tree.map(np.zeros_like, kept))
+    jax.tree.map(np.testing.assert_array_equal, kept, checkpoint.restore(run / "ppo_steps", like))
+    keep_policy = acts.policy_keeper(run, "some", load_tokenizer(folders[0]), every=2)
+    for step in range(1, 9):
+        keep_policy(step, kept)
+    assert sorted(int(path.name) for path in (run / "some_steps").iterdir()) == [2, 4, 6, 8]
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The policy of `run` as a folder."""
+    to = tmp_path_factory.mktemp("exported") / "policy"
+    export.main(export.Config(run=run, act="ppo", to=to))
+    return to
+
+
+def test_an_evaluation_of_folders_is_that_of_the_run(run, folders, exported, tmp_path):
+    """Policy, baseline and reward model read from folders give the figures that the run's own give."""
+    shared = {"reward_model": folders[1], "num_prompts": 6, "num_samples": 2, **LENGTHS}
+    of_run = evaluate.main(evaluate.Config(run=run, policies=("ppo", "ppo_steps"), **shared))
+    of_folders = evaluate.main(evaluate.Config(run=tmp_path / "run", model=exported, baseline=folders[0], **shared))
+    names = [row.pop("policy") for row in of_folders["policies"]]
+    assert names == ["baseline", "policy"]
+    assert [row.pop("policy") for row in of_run["policies"]] == ["baseline", "ppo", "ppo_steps"]
+    assert of_folders["policies"] == of_run["policies"][:2]
+    assert of_run["policies"][2]["objective/kl"] > 0
+    assert of_folders["policies"][0]["win_rate"] == 0.5
+    other = write_checkpoint(tmp_path / "other", byte_tokenizer(), seed=1)
+    with pytest.raises(ValueError, match="its tokenizer is not the baseline's, so KL has no meaning"):
+        evaluate.main(evaluate.Config(run=run, model=other, **shared))
 
 
 def test_act_1_starts_from_the_checkpoint(folders, tmp_path):
@@ -89,7 +129,7 @@ def test_reward_model_of_another_tokenizer_is_refused(folders, tmp_path):
     with pytest.raises(
         ValueError, match=r"other: the reward model's tokenizer \(.*, 259 ids\) is not the policy's.*Fix"
     ):
-        reward_model.load_folder(other, load_tokenizer(folders[0]))
+        kept_reward.load_folder(other, load_tokenizer(folders[0]))
 
 
 def test_tokenizer_beyond_the_embedding_is_refused(tmp_path):
@@ -100,21 +140,20 @@ def test_tokenizer_beyond_the_embedding_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_exported_policy_is_what_torch_loads(run, tmp_path):
+def test_exported_policy_is_what_torch_loads(run, exported):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    export.main(export.Config(run=run, act="ppo", to=tmp_path / "out"))
     tokenizer, network, reference = sft.load(run)
     params = checkpoint.restore(run / "ppo", jax.eval_shape(lambda: reference))
     tokens = np.arange(3, 15, dtype=np.int32)[None]
     hidden, _ = transformer.hidden(params, network, tokens, jnp.arange(12)[None], jnp.ones((1, 12), jnp.int32))
     ours = transformer.unembed(params, network, hidden)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(exported))
     with torch.no_grad():
         logits = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, logits, atol=2e-5 * np.abs(logits).max())
     assert theirs.generation_config.eos_token_id == tokenizer.eos_id
-    assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
-    card = (tmp_path / "out" / "README.md").read_text()
+    assert load_tokenizer(exported).fingerprint == tokenizer.fingerprint
+    card = (exported / "README.md").read_text()
     assert "python " in card
     assert "| ppo.objective/kl |" in card
 
@@ -127,9 +166,9 @@ def test_exported_reward_model_orders_alike(run, folders, tmp_path):
     copy = tmp_path / "run"
     sft.save(copy, tokenizer, huggingface.Pretrained(network, policy, huggingface.llama_config(network)))
     save_tokenizer(tokenizer, copy / "tokenizer")
-    reward_model.save(copy, {"trunk": policy, "head": head}, tokenizer, mean=0.7, std=2.0)
+    kept_reward.save(copy, {"trunk": policy, "head": head}, tokenizer, mean=0.7, std=2.0)
     export.main(export.Config(run=copy, act="reward_model", to=tmp_path / "out"))
-    out, rows = reward_model.load_folder(tmp_path / "out", tokenizer), np.arange(3, 27, dtype=np.int32).reshape(2, 12)
+    out, rows = kept_reward.load_folder(tmp_path / "out", tokenizer), np.arange(3, 27, dtype=np.int32).reshape(2, 12)
     here = score_rows(network, {"trunk": policy, "head": head}, rows, np.ones_like(rows))
     there = score_rows(*out, rows, np.ones_like(rows))
     assert abs(here[0] - here[1]) > 1e-3

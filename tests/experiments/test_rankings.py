@@ -4,10 +4,12 @@ import dataclasses
 
 import dpo
 import jax
+import kept_reward
 import numpy as np
 import pytest
 import reward_ensemble
 import reward_model
+import sampling
 import sft
 import task
 from reward_model import RewardModelConfig
@@ -44,11 +46,11 @@ def test_an_ensemble_and_the_mean_of_its_weights(run, capsys, monkeypatch):
     def collect(config, network, tokenizer, policy, questions, *, num_responses, seed):
         return task.world_rankings(questions, [["yes", "I do not know", q] for q in questions], seed=seed)
 
-    monkeypatch.setattr(reward_model, "collect_rankings", collect)
+    monkeypatch.setattr(sampling, "collect_rankings", collect)
     numbers = RewardModelConfig(num_epochs=2, batch_size=8, num_responses=3, ensemble=3, learning_rate=1e-2)
     reward_model.main(as_config(reward_model.Config, run, reward=numbers))
     tokenizer, network, _ = sft.load(run.run)
-    averaged, _, std = reward_model.load(run.run, network, tokenizer)
+    averaged, _, std = kept_reward.load(run.run, network, tokenizer)
     members = checkpoint.restore(
         run.run / "reward_ensemble", jax.tree.map(lambda x: np.zeros((3, *x.shape), np.float32), averaged)
     )
@@ -110,9 +112,9 @@ def test_rounds_of_a_direct_method(run, monkeypatch, reference):
         seen.append((policy, data, seed, stage))
         return jax.tree.map(lambda x: 1.2 * x, policy)
 
-    collect = reward_model.collect_rankings
+    collect = sampling.collect_rankings
     monkeypatch.setattr(
-        reward_model, "collect_rankings", lambda *args, **kw: questions.append(args[4]) or collect(*args, **kw)
+        sampling, "collect_rankings", lambda *args, **kw: questions.append(args[4]) or collect(*args, **kw)
     )
     monkeypatch.setattr(dpo, "train", train)
     monkeypatch.setattr(dpo.judge, "gold_line", lambda *_: "")

@@ -6,6 +6,7 @@ import shutil
 
 import acts
 import jax
+import kept_reward
 import numpy as np
 import ppo
 import pytest
@@ -188,7 +189,7 @@ def test_single_acts_interrupted_and_resumed(config, result, tmp_path, capsys):
     like = jax.eval_shape(lambda: policy)
     for load in (
         lambda run: sft.load(run)[2],
-        lambda run: reward_model.load(run, network, tokenizer)[0],
+        lambda run: kept_reward.load(run, network, tokenizer)[0],
         lambda run: checkpoint.restore(run / "ppo", like),
     ):
         jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "run"), load(config.run))

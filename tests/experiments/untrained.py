@@ -1,7 +1,7 @@
 """A run's folder as the three acts leave it, with random networks in place of trained ones."""
 
 import jax
-import reward_model
+import kept_reward
 import sft
 import task
 
@@ -26,7 +26,7 @@ def write_run(folder, *, policies=("ppo",), steps=(0,)):
     params = [transformer.init(jax.random.key(seed), network) for seed in range(2 + len(policies) * len(steps))]
     sft.save(folder, tokenizer, Pretrained(network, params[0], huggingface.llama_config(network)))
     reward = {"trunk": params[1], "head": init_reward_head(jax.random.key(0), network.model_dim)}
-    reward_model.save(folder, reward, tokenizer, mean=0.0, std=1.0)
+    kept_reward.save(folder, reward, tokenizer, mean=0.0, std=1.0)
     places = [(name, step) for name in policies for step in steps]
     for (name, step), policy in zip(places, params[2:], strict=True):
         checkpoint.save(folder / name, step, policy, notes={"tokenizer": tokenizer.fingerprint})
