@@ -8,9 +8,11 @@ objective `policy_gradient`. Rows `g * group_size` to `(g + 1) * group_size - 1`
 |---|---|---|---|
 | GRPO | `per_completion(group_relative)` | no | `clipped_policy_loss`, `sequence_mean` |
 | Dr. GRPO | `per_completion(group_relative, scale=False)` | no | `clipped_policy_loss`, `constant_length_mean` |
+| Lite PPO | `per_completion(batch_relative)` | no | `clipped_policy_loss`, `token_mean` |
 | DAPO | as GRPO, `drop_zero_spread`, `with_overlong_penalty` | no | `clipped_policy_loss(clip_high=0.28)`, `token_mean` |
 | GSPO, CISPO | as GRPO | no | `gspo_loss`, `sequence_mean`; `cispo_loss`, `token_mean` |
 | RLOO | `per_completion(leave_one_out)` | yes | `reinforce_loss`, `constant_length_mean(length=1)` |
+| RLOO, clipped by the completion | the same | yes | `clipped_sequence_loss`, `constant_length_mean(length=1)` |
 | REINFORCE++ | `reinforce_plus_plus` | yes | `clipped_policy_loss`, `token_mean` |
 | -baseline | `reinforce_plus_plus_baseline` | no, k2 in the loss | `clipped_policy_loss`, `token_mean` |
 | ReMax | `make_remax_experience_fn` | yes | `reinforce_loss`, `constant_length_mean(length=1)` |
