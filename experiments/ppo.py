@@ -67,6 +67,8 @@ class PPOConfig:
     """Iterations from one policy kept in `RUN/ppo_steps` to the next, points of `evaluate.py`'s frontier; 0 = none."""
     temperature: float = 1.0
     gae_lambda: float = 0.95
+    clip: float = 0.2
+    """Of the ratio, both ways."""
     vf_coef: float = 0.1
     separate_critic: bool = True
     """A critic of its own, started from the reward model's trunk; else a head on the policy."""
@@ -99,7 +101,8 @@ def make_iteration(
     steps = config.num_epochs * config.num_minibatches
     schedule = linear_anneal(config.learning_rate, num_iterations=config.num_iterations, steps_per_iteration=steps)
     optimizer = ppo_optimizer(schedule)
-    objective = actor_critic(model, critic, temperature=config.temperature, vf_coef=config.vf_coef)
+    clips = {"clip_low": config.clip, "clip_high": config.clip}
+    objective = actor_critic(model, critic, temperature=config.temperature, vf_coef=config.vf_coef, **clips)
     iteration = make_ppo_iteration(
         sample_fn=sampling.sampler(lengths, model, eos_id=eos_id, pad_id=pad_id, temperature=config.temperature),
         score_fn=make_score_fn(reward, missing_eos_penalty=config.missing_eos_penalty),
