@@ -1,12 +1,12 @@
 """What the scripts of this folder train on: the embedded world, or files in the clean schema given by `--data`."""
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
 from rlhf_jax.runtime.processes import Processes, is_first, meet
+from rlhf_jax.runtime.profile import profiled
 from rlhf_jax.runtime.resume import Kept, resumable
 from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 
@@ -39,6 +40,8 @@ class TaskConfig:
     """With `resume`: go on although settings or data differ; the run's folder records what did."""
     replay: Path | None = None
     """With `resume`: a `bad_batch_N.npz` of this run. Play that step again, say what is not finite, and stop."""
+    profile: bool = False
+    """Write a trace of three steps of each act into `run/profile`."""
     processes: Processes = Processes()
     """Of this run, where there are several."""
     seed: int = 0
@@ -58,9 +61,17 @@ class TaskConfig:
     """Tokens of a training row of act 1, which packs several demonstrations."""
 
 
-def keeper(config: TaskConfig) -> Callable[..., AbstractContextManager[Kept]]:
+def keeper(config: TaskConfig) -> Callable[..., contextlib.AbstractContextManager[Kept]]:
     """`keep(stage, state, save_every=..., facts=...)` for the training loops: `resumable` in the folder of this run."""
-    return partial(resumable, config.run, force=config.force, replay=config.replay)
+
+    @contextlib.contextmanager
+    def keep(stage: str, state: Any, **options: Any) -> Iterator[Kept]:
+        options |= {"force": config.force, "replay": config.replay}
+        traced = partial(profiled, folder=config.run / "profile" / stage) if config.profile else contextlib.nullcontext
+        with resumable(config.run, stage, state, **options) as kept, traced(kept) as seen:
+            yield seen
+
+    return keep
 
 
 def load_demonstrations(config: TaskConfig, run: Path) -> tuple[Tokenizer, list[Demonstration], list[Demonstration]]:
