@@ -105,6 +105,7 @@ from rlhf_jax.objectives import (
     shared_critic,
 )
 from rlhf_jax.runtime.sharding import make_mesh, named_shardings, replicate, shard_batch
+from rlhf_jax.training.ahead import AheadState, make_ahead_iteration
 from rlhf_jax.training.choices import (
     best_and_worst,
     best_of_group,
@@ -135,6 +136,7 @@ from rlhf_jax.training.ppo import (
     critic_from_trunk,
     init_ppo_state,
     make_batch_update,
+    make_learn,
     make_ppo_iteration,
     make_ppo_update,
 )
@@ -158,6 +160,7 @@ from rlhf_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AheadState",
     "AttributeBatch",
     "CausalModel",
     "Experience",
@@ -238,11 +241,13 @@ __all__ = [
     "learn_from",
     "leave_one_out",
     "logical_axes",
+    "make_ahead_iteration",
     "make_batch_update",
     "make_best_of_experience_fn",
     "make_ensemble_score_fn",
     "make_ensemble_step",
     "make_experience_fn",
+    "make_learn",
     "make_mesh",
     "make_pair_experience_fn",
     "make_policy_experience_fn",

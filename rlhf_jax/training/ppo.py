@@ -36,6 +36,7 @@ class PPOBatch:
 
 
 PPOIteration = Callable[[Frozen, PPOState, PPOBatch, jax.Array], tuple[PPOState, Metrics]]
+LearnFn = Callable[[Frozen, PPOState, Generation, SequenceBatch | None, jax.Array], tuple[PPOState, Metrics]]
 
 
 def init_ppo_state(
@@ -171,12 +172,32 @@ def make_ppo_iteration(
       update_fn: from `make_ppo_update` or `make_batch_update`.
     """
 
+    learn = make_learn(score_fn, experience_fn, update_fn)
+
     def iteration(frozen: Frozen, state: PPOState, batch: PPOBatch, key: jax.Array) -> tuple[PPOState, Metrics]:
         sample_key, update_key = jax.random.split(key)
         generation = sample_fn(state.params["policy"], batch.prompts, sample_key)
-        scores = score_fn(frozen, generation)
-        experience, metrics = experience_fn(state.params, frozen.ref_params, generation, scores, state.kl_coef)
-        state, learned = update_fn(state, experience, batch.demonstrations, metrics["objective/kl"], update_key)
-        return state, {**metrics, **learned}
+        return learn(frozen, state, generation, batch.demonstrations, update_key)
 
     return iteration
+
+
+def make_learn(
+    score_fn: Callable[[Frozen, Generation], jax.Array],
+    experience_fn: Callable[..., tuple[Experience, Metrics]],
+    update_fn: Callable[..., tuple[PPOState, Metrics]],
+) -> LearnFn:
+    """The part of an iteration after sampling, `learn(frozen, state, generation, demonstrations, key) -> (state, metrics)`.
+
+    Arguments as in `make_ppo_iteration`.
+    """
+
+    def learn(
+        frozen: Frozen, state: PPOState, generation: Generation, demonstrations: SequenceBatch | None, key: jax.Array
+    ) -> tuple[PPOState, Metrics]:
+        scores = score_fn(frozen, generation)
+        experience, metrics = experience_fn(state.params, frozen.ref_params, generation, scores, state.kl_coef)
+        state, learned = update_fn(state, experience, demonstrations, metrics["objective/kl"], key)
+        return state, {**metrics, **learned}
+
+    return learn

@@ -10,42 +10,21 @@ import optax
 import pytest
 import tiny
 from flax import nnx
+from training.pieces import SIZES, fresh_state, parts
 
 from rlhf_jax.functional.aggregation import sequence_mean
 from rlhf_jax.functional.policy_losses import clipped_policy_loss
-from rlhf_jax.generation.generate import generate
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import PolicyBatch, actor_critic, policy_gradient, separate_critic, shared_critic
 from rlhf_jax.runtime.metrics import check_finite
 from rlhf_jax.runtime.sharding import make_mesh, replicated, shard_batch
 from rlhf_jax.training.ppo import PPOBatch, init_ppo_state, make_ppo_iteration, make_ppo_update
-from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
+from rlhf_jax.training.rollout import check_scores
 from rlhf_jax.training.train_step import init_train_state, make_train_step
 from rlhf_jax.types import Frozen, SequenceBatch
 
-NEW = 6
-SIZES = (3, 5, 1, 4, 2, 5, 3, 4)
-
-
-def parts(model=tiny.MODEL, critic=None, optimizer=None, **update_options):
-    """The four functions of an iteration."""
-    critic = separate_critic(model) if critic is None else critic
-    train_step = make_train_step(actor_critic(model, critic), optimizer or optax.adam(1e-2))
-    options = {"num_epochs": 2, "num_minibatches": 2, "kl_target": 1.0, "kl_horizon": 100.0, **update_options}
-
-    def sample(params, prompts, key):
-        return generate(model, params, prompts, key, max_new_tokens=NEW, eos_id=tiny.EOS, pad_id=tiny.PAD)
-
-    return sample, make_score_fn(tiny.MODEL), make_experience_fn(model, critic), make_ppo_update(train_step, **options)
-
-
 ITERATION = jax.jit(make_ppo_iteration(*parts()))
-
-
-@jax.jit
-def fresh_state(seed=0):
-    return init_ppo_state(tiny.init_params(seed), tiny.init_critic(), optax.adam(1e-2), kl_coef=0.1)
 
 
 @jax.jit
