@@ -104,6 +104,7 @@ from rlhf_jax.objectives import (
     sft,
     shared_critic,
 )
+from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.sharding import make_mesh, named_shardings, replicate, shard_batch
 from rlhf_jax.training.choices import (
     best_and_worst,
@@ -201,6 +202,7 @@ __all__ = [
     "clipped_value_loss",
     "combine_attributes",
     "constant_length_mean",
+    "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
     "dpo_loss",
