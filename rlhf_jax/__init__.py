@@ -77,13 +77,13 @@ from rlhf_jax.models import transformer
 from rlhf_jax.models.heads import (
     combine_attributes,
     ensemble_scores,
+    head_specs,
     init_attribute_head,
     init_reward_head,
     init_value_head,
     sequence_attributes,
     sequence_scores,
 )
-from rlhf_jax.models.parameters import logical_axes
 from rlhf_jax.models.transformer import TransformerConfig, causal_model
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
@@ -105,7 +105,15 @@ from rlhf_jax.objectives import (
     shared_critic,
 )
 from rlhf_jax.runtime.collectives import count_collectives
-from rlhf_jax.runtime.sharding import make_mesh, named_shardings, replicate, shard_batch
+from rlhf_jax.runtime.sharding import (
+    init_sharded,
+    make_mesh,
+    named_shardings,
+    replicate,
+    reshard,
+    shard_batch,
+    state_shardings,
+)
 from rlhf_jax.training.choices import (
     best_and_worst,
     best_of_group,
@@ -221,10 +229,12 @@ __all__ = [
     "generate",
     "group_relative",
     "gspo_loss",
+    "head_specs",
     "init_attribute_head",
     "init_ensemble",
     "init_ppo_state",
     "init_reward_head",
+    "init_sharded",
     "init_train_state",
     "init_value_head",
     "ipo_loss",
@@ -239,7 +249,6 @@ __all__ = [
     "lagrangian_reward",
     "learn_from",
     "leave_one_out",
-    "logical_axes",
     "make_batch_update",
     "make_best_of_experience_fn",
     "make_ensemble_score_fn",
@@ -280,6 +289,7 @@ __all__ = [
     "reinforce_plus_plus_baseline",
     "remove_length",
     "replicate",
+    "reshard",
     "reward_model",
     "rewards_to_go",
     "robust_dpo_loss",
@@ -299,6 +309,7 @@ __all__ = [
     "signed_cost_loss",
     "simpo_loss",
     "standardize",
+    "state_shardings",
     "step_reward_loss",
     "subtract_missing_eos",
     "subtract_overlong",

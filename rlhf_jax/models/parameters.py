@@ -43,11 +43,6 @@ def init_params(key: jax.Array, specs: Specs) -> Params:
     return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
 
 
-def logical_axes(specs: Specs) -> Any:
-    """The tree of logical axis names, in the structure of the parameters."""
-    return jax.tree.map(lambda spec: spec.axes, specs, is_leaf=is_spec)
-
-
 def num_params(params: Params) -> int:
     """How many numbers `params` holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

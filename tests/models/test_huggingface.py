@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def test_shards_and_their_index(tmp_path):
 
 def test_parameters_are_born_sharded(saved):
     mesh = make_mesh(data=1, fsdp=2)
-    loaded = huggingface.load(saved, shard_fn=lambda axes: named_shardings(axes, mesh))
+    loaded = huggingface.load(saved, shard_fn=partial(named_shardings, mesh=mesh))
     equal(loaded.params, tiny.init_params())
     gate = loaded.params["layers"]["gate"]
     assert gate.sharding.mesh == mesh
