@@ -1,6 +1,7 @@
 """Parameters declared once: shape, logical axes and initialiser. Init and sharding both derive from this."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -21,6 +22,16 @@ class ParamSpec(NamedTuple):
 
 Specs: TypeAlias = Any
 """A pytree of `ParamSpec`."""
+
+
+ConstrainFn: TypeAlias = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+"""`constrain(x, axes) -> x`, placed: `runtime.sharding.constrain_on(mesh)`. The axes are logical names, one a dimension."""
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """`x` itself: the compiler decides where activations live."""
+    del axes
+    return x
 
 
 def is_spec(leaf: Any) -> bool:

@@ -2,6 +2,7 @@
 moved. One device is a mesh of ones.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -13,6 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Logical axis name to mesh axis, or to several of them together; None = not split."""
 
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are split."""
+
+COLUMN_AXIS = "sequence"
+"""Mesh axis over which its columns are split."""
+
 DEFAULT_RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
@@ -22,14 +29,9 @@ DEFAULT_RULES: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "expert": "expert",
+    "batch": BATCH_AXES,
+    "length": COLUMN_AXIS,
 }
-
-BATCH_AXES = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are split."""
-
-COLUMN_AXIS = "sequence"
-"""Mesh axis over which its columns are split."""
-
 
 class Declared(Protocol):
     """An array to come, as `models.parameters.ParamSpec` declares it."""
@@ -106,7 +108,7 @@ def _partition(where: str, spec: Declared, mesh: Mesh, rules: Rules) -> Partitio
     if unknown:
         raise ValueError(f"{where}: no rule for logical axes {unknown}; the table knows {sorted(rules)}")
     mapped = [None if name is None else rules[name] for name in spec.axes]
-    split = [(axes,) if isinstance(axes, str) else axes or () for axes in mapped]
+    split = [_mesh_axes(axes) for axes in mapped]
     used = [axis for axes in split for axis in axes]
     if not set(used) <= set(mesh.shape):
         raise ValueError(f"{where}: axes {spec.axes} map to {mapped}; the mesh has {tuple(mesh.shape)}")
@@ -166,6 +168,32 @@ def init_sharded(init_fn: Callable[..., Any], *args: Any, specs: Any, mesh: Mesh
     """
     shardings = state_shardings(jax.eval_shape(init_fn, *args), specs, mesh, rules)
     return jax.jit(init_fn, out_shardings=shardings)(*args)
+
+
+def constrain_on(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """`constrain(x, axes) -> x` for a model's activations, `TransformerConfig.constrain_fn`: the table applied to them.
+
+    A dimension that its mesh axes do not divide (one token a row, while decoding) is left whole. Equal arguments give the
+    same object, so that configs with it are equal.
+    """
+    return _constrain_on(mesh, tuple(sorted(rules.items())))
+
+
+@functools.cache
+def _constrain_on(mesh: Mesh, rules: tuple) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    table = dict(rules)
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        mapped = [None if name is None else table[name] for name in axes]
+        parts = [math.prod(mesh.shape[axis] for axis in _mesh_axes(mapped_to)) for mapped_to in mapped]
+        kept = [to if not size % part else None for to, size, part in zip(mapped, x.shape, parts, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*kept)))
+
+    return constrain
+
+
+def _mesh_axes(mapped: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (mapped,) if isinstance(mapped, str) else mapped or ()
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
