@@ -74,6 +74,7 @@ from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtrac
 from rlhf_jax.generation.best_of_n import best_of_n
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
+from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import (
     combine_attributes,
     ensemble_scores,
@@ -106,6 +107,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.sharding import (
+    constrain_on,
     init_sharded,
     make_mesh,
     named_shardings,
@@ -210,6 +212,7 @@ __all__ = [
     "clipped_value_loss",
     "combine_attributes",
     "constant_length_mean",
+    "constrain_on",
     "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
@@ -221,6 +224,7 @@ __all__ = [
     "evaluate",
     "exact_kl",
     "expected_calibration_error",
+    "experts_on",
     "fill_missing",
     "first_choice_loss",
     "fit_log_length",
