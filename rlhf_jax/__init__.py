@@ -107,6 +107,7 @@ from rlhf_jax.objectives import (
 )
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.sharding import (
+    DEFAULT_RULES,
     constrain_on,
     init_sharded,
     make_mesh,
@@ -169,6 +170,7 @@ from rlhf_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_RULES",
     "AttributeBatch",
     "CausalModel",
     "Experience",

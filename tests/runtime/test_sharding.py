@@ -153,6 +153,8 @@ def test_activations_are_placed_where_they_can_be():
     assert placed.sharding.shard_shape(placed.shape) == (4, 3, 3)
     placed = jax.jit(lambda x: constrain(x, ("batch", "length", None)))(jnp.zeros((4, 1, 3)))
     assert placed.sharding.is_fully_replicated
+    with pytest.raises(ValueError, match=r"activation \(4,\): no rule for logical axes \['batch'\]; the table knows"):
+        constrain_on(mesh, {"embed": None})(jnp.zeros(4), ("batch",))
 
 
 def test_from_one_layout_to_another_and_back():
