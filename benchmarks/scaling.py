@@ -4,7 +4,7 @@
 
 Strong: one batch of 16 rows, shared. Weak: 16 rows a device. Prints README's table, and what it takes to bring the
 parameters from the layout of training to that of generation (bytes, and seconds of this CPU). Layers are unrolled, so that
-each collective counts as often as it runs. Two CPU cores, about five minutes, all of it compiling.
+each collective counts as often as it runs. Two CPU cores, about four minutes of CPU time, all of it compiling.
 """
 
 import dataclasses
