@@ -74,16 +74,17 @@ from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtrac
 from rlhf_jax.generation.best_of_n import best_of_n
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
+from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import (
     combine_attributes,
     ensemble_scores,
+    head_specs,
     init_attribute_head,
     init_reward_head,
     init_value_head,
     sequence_attributes,
     sequence_scores,
 )
-from rlhf_jax.models.parameters import logical_axes
 from rlhf_jax.models.transformer import TransformerConfig, causal_model
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
@@ -104,7 +105,18 @@ from rlhf_jax.objectives import (
     sft,
     shared_critic,
 )
-from rlhf_jax.runtime.sharding import make_mesh, named_shardings, replicate, shard_batch
+from rlhf_jax.runtime.collectives import count_collectives
+from rlhf_jax.runtime.sharding import (
+    DEFAULT_RULES,
+    constrain_on,
+    init_sharded,
+    make_mesh,
+    named_shardings,
+    replicate,
+    reshard,
+    shard_batch,
+    state_shardings,
+)
 from rlhf_jax.training.ahead import AheadState, make_ahead_iteration
 from rlhf_jax.training.choices import (
     best_and_worst,
@@ -160,6 +172,7 @@ from rlhf_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_RULES",
     "AheadState",
     "AttributeBatch",
     "CausalModel",
@@ -204,6 +217,8 @@ __all__ = [
     "clipped_value_loss",
     "combine_attributes",
     "constant_length_mean",
+    "constrain_on",
+    "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
     "dpo_loss",
@@ -214,6 +229,7 @@ __all__ = [
     "evaluate",
     "exact_kl",
     "expected_calibration_error",
+    "experts_on",
     "fill_missing",
     "first_choice_loss",
     "fit_log_length",
@@ -222,10 +238,12 @@ __all__ = [
     "generate",
     "group_relative",
     "gspo_loss",
+    "head_specs",
     "init_attribute_head",
     "init_ensemble",
     "init_ppo_state",
     "init_reward_head",
+    "init_sharded",
     "init_train_state",
     "init_value_head",
     "ipo_loss",
@@ -240,7 +258,6 @@ __all__ = [
     "lagrangian_reward",
     "learn_from",
     "leave_one_out",
-    "logical_axes",
     "make_ahead_iteration",
     "make_batch_update",
     "make_best_of_experience_fn",
@@ -283,6 +300,7 @@ __all__ = [
     "reinforce_plus_plus_baseline",
     "remove_length",
     "replicate",
+    "reshard",
     "reward_model",
     "rewards_to_go",
     "robust_dpo_loss",
@@ -302,6 +320,7 @@ __all__ = [
     "signed_cost_loss",
     "simpo_loss",
     "standardize",
+    "state_shardings",
     "step_reward_loss",
     "subtract_missing_eos",
     "subtract_overlong",

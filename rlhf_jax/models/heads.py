@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.functional.masking import last_true_index, masked_mean, positions_from_segments
+from rlhf_jax.models.parameters import ParamSpec, Specs
 from rlhf_jax.types import CausalModel, Params
+
+
+def head_specs(model_dim: int) -> Specs:
+    """The arrays of a reward or value head with shape and logical axes, as `transformer.param_specs`."""
+    return {"weight": ParamSpec((model_dim,), ("embed",), (model_dim + 1) ** -0.5), "bias": ParamSpec((), (), 0.0)}
 
 
 def init_reward_head(key: jax.Array, model_dim: int) -> Params:

@@ -23,7 +23,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from rlhf_jax.models.families import FAMILIES, Entry, Family
 from rlhf_jax.models.hf_configs import Fields
-from rlhf_jax.models.parameters import is_spec, logical_axes
+from rlhf_jax.models.parameters import ParamSpec, is_spec
 from rlhf_jax.models.tensor_files import Stored, find_tensors, read_object, write_tensors
 from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import Params
@@ -125,7 +125,7 @@ def llama_config(config: TransformerConfig) -> dict[str, Any]:
 
 def network_of(config: TransformerConfig) -> tuple:
     """What of a config a checkpoint determines: all but how it is computed."""
-    how = {"dtype", "attention_fn", "remat", "remat_policy", "unroll"}
+    how = {"dtype", "attention_fn", "constrain_fn", "experts_fn", "remat", "remat_policy", "unroll"}
     return tuple((name, value) for name, value in vars(config).items() if name not in how)
 
 
@@ -144,7 +144,8 @@ def load(
     Args:
       directory: of `config.json` and safetensors.
       dtype: of the parameters; float32 for what will be trained.
-      shard_fn: from the tree of logical axes to one of shardings; None puts everything on the default device.
+      shard_fn: from the parameters' specs to their shardings, as `partial(named_shardings, mesh=mesh)`; None puts
+        everything on the default device.
       ignore: fields of `config.json` that you know to be harmless.
 
     Raises:
@@ -206,17 +207,16 @@ def _read_params(directory, hf_config, config, dtype, shard_fn, *, head: bool) -
     tensors = _with_prefix(find_tensors(directory), family)
     entries = _entries(family, config, head=head)
     _check_names(directory, tensors, family, config, entries)
-    specs = param_specs(config)
-    shardings = None if shard_fn is None else shard_fn(logical_axes(specs))
+    score = {"score": ParamSpec((1, config.model_dim), (None, "embed"), None)} if head else {}
+    specs = {**param_specs(config), **score}
+    shardings = None if shard_fn is None else shard_fn(specs)
     params: dict[str, Any] = {"layers": {}}
     for entry, shapes in entries:
         layered = "{layer}" in entry.theirs
         targets = []
         for name in entry.ours:
             tree, places = (specs["layers"], shardings and shardings["layers"]) if layered else (specs, shardings)
-            shape = tree[name].shape if name in tree else (1, config.model_dim)
-            sharding = places[name] if places and name in tree else None
-            targets.append(_Buffer(shape, np.dtype(dtype), sharding))
+            targets.append(_Buffer(tree[name].shape, np.dtype(dtype), places and places[name]))
         for theirs, index in _places(entry, config):
             for target, part in zip(targets, entry.layout.split(tensors[theirs].read(), shapes), strict=True):
                 target.fill(index, part)

@@ -1,6 +1,7 @@
 """Parameters declared once: shape, logical axes and initialiser. Init and sharding both derive from this."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -23,6 +24,16 @@ Specs: TypeAlias = Any
 """A pytree of `ParamSpec`."""
 
 
+ConstrainFn: TypeAlias = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+"""`constrain(x, axes) -> x`, placed: `runtime.sharding.constrain_on(mesh)`. The axes are logical names, one a dimension."""
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """`x` itself: the compiler decides where activations live."""
+    del axes
+    return x
+
+
 def is_spec(leaf: Any) -> bool:
     """True for the leaves of a `Specs` tree."""
     return isinstance(leaf, ParamSpec)
@@ -41,11 +52,6 @@ def init_params(key: jax.Array, specs: Specs) -> Params:
         return spec.stddev * jax.random.normal(path_key, spec.shape, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
-
-
-def logical_axes(specs: Specs) -> Any:
-    """The tree of logical axis names, in the structure of the parameters."""
-    return jax.tree.map(lambda spec: spec.axes, specs, is_leaf=is_spec)
 
 
 def num_params(params: Params) -> int:

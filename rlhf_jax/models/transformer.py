@@ -17,12 +17,19 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.models.attention import AttentionFn, sights, xla_attention
-from rlhf_jax.models.experts import expert_mlp, route
-from rlhf_jax.models.parameters import ParamSpec, Specs, init_params
+from rlhf_jax.models.experts import ExpertsFn, routed_mlp
+from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
 
 PLAIN_ROPE = Rope()
+
+STREAM = ("batch", "length", None)
+"""Logical axes of what flows from layer to layer, `[B, T, D]`."""
+CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
+"""Of the cached keys and values, `[L, B, S, G, C]`."""
+VOCABULARY = ("vocab", None)
+"""Of the embedding where it is used: whole rows, or the lookup would split the stream by D."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,10 @@ class TransformerConfig:
     whatever it is."""
     attention_fn: AttentionFn = xla_attention
     """The implementation of attention; see `models.attention`."""
+    experts_fn: ExpertsFn = routed_mlp
+    """How tokens reach their experts; see `models.experts`."""
+    constrain_fn: ConstrainFn = unconstrained
+    """Where activations live, said from outside: `runtime.sharding.constrain_on(mesh)`."""
     remat_policy: Callable | None = None
     """With `remat`: what of a layer is kept, one of `jax.checkpoint_policies`; None keeps nothing."""
     remat: bool = False
@@ -221,8 +232,8 @@ def init_cache(config: TransformerConfig, batch_size: int, max_length: int) -> K
     """An empty cache with room for `max_length` tokens a row."""
     shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
     return KVCache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
+        values=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
         segment_ids=jnp.zeros((batch_size, max_length), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
@@ -265,12 +276,13 @@ def hidden(
         weights, index, kind = scanned
         inputs = (turn(kind), sight(kind))
         x, keys, values = _block(weights, config, x, inputs, keys, values, (index, start))
+        x = config.constrain_fn(x, STREAM)
         return (x, keys, values), None
 
     if config.remat and cache is None:
         layer = jax.checkpoint(layer, policy=config.remat_policy)
     carry = (
-        _embed(params, config, tokens, positions),
+        config.constrain_fn(_embed(params, config, tokens, positions), STREAM),
         *((None, None) if cache is None else (cache.keys, cache.values)),
     )
     kinds = jnp.asarray(config.layer_kinds or (0,) * config.num_layers, jnp.int32)
@@ -282,7 +294,7 @@ def hidden(
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
-    matrix = params["embedding"] if config.tie_embeddings else params["unembedding"]
+    matrix = config.constrain_fn(params["embedding" if config.tie_embeddings else "unembedding"], VOCABULARY)
     logits = jnp.einsum(
         "...d,vd->...v", hidden.astype(config.dtype), matrix.astype(config.dtype), preferred_element_type=jnp.float32
     )
@@ -323,7 +335,7 @@ def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -
 
 
 def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    x = params["embedding"][tokens].astype(config.dtype)
+    x = config.constrain_fn(params["embedding"], VOCABULARY)[tokens].astype(config.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, config.dtype)
     if config.num_positions:
@@ -393,11 +405,9 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
 
 def _mlp(weights, config, h):
     if config.num_experts:
-        flat = h.reshape(-1, h.shape[-1])
         options = {"experts_per_token": config.experts_per_token, "renormalize": config.renormalize_experts}
-        chosen, shares = route(flat.astype(jnp.float32), weights["router"], **options)
-        matrices = (weights["gate"], weights["up"], weights["down"])
-        return expert_mlp(flat, chosen, shares, *matrices, activation=config.activation).reshape(h.shape)
+        matrices = (weights["router"], weights["gate"], weights["up"], weights["down"])
+        return config.experts_fn(h, *matrices, **options, activation=config.activation)
 
     def dense(name: str, x: jax.Array) -> jax.Array:
         product = _product("btd,df->btf", x, weights[name])

@@ -22,7 +22,7 @@ from rlhf_jax.models.lora import (
     merge,
     unmerge,
 )
-from rlhf_jax.models.parameters import is_spec, logical_axes, num_params
+from rlhf_jax.models.parameters import is_spec, num_params
 from rlhf_jax.models.quantize import quantize
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime.sharding import make_mesh, named_shardings
@@ -219,7 +219,7 @@ def test_specs_give_scale_and_shardings():
     adapter = init_lora(jax.random.key(0), config, rank=4, targets=matrices(config))
     assert abs(float(adapter["query"]["a"].std()) * 768**0.5 - 1.0) < 0.05  # PEFT: uniform within 1 / sqrt(256)
     assert all(not pair["b"].any() for pair in adapter.values())
-    shardings = named_shardings(logical_axes(specs), make_mesh(data=1, fsdp=2))
+    shardings = named_shardings(specs, make_mesh(data=1, fsdp=2))
     placed = jax.device_put(adapter, shardings)
     assert placed["query"]["a"].sharding.shard_shape((2, 256, 4)) == (2, 128, 4)
     experts = lora_specs(dataclasses.replace(tiny.CONFIG, num_experts=3), rank=4, targets=("down",))["down"]

@@ -7,7 +7,6 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax.models.parameters import logical_axes
 from rlhf_jax.models.transformer import param_specs
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.sharding import batch_sharding, make_mesh, named_shardings
@@ -46,7 +45,7 @@ def test_a_train_state_is_restored_onto_two_devices(tmp_path):
     state = TrainState(jnp.asarray(3, jnp.int32), params, optimizer.init(params))
     checkpoint.save(tmp_path / "sft", 3, state)
     # Rotary heads and the vocabulary of 17 do not split in two; the width of 16 does.
-    shardings = named_shardings(logical_axes(param_specs(tiny.CONFIG)), make_mesh(fsdp=2))
+    shardings = named_shardings(param_specs(tiny.CONFIG), make_mesh(fsdp=2))
     spread = jax.device_put(params, shardings)
     like = state.replace(params=spread, opt_state=optimizer.init(spread))
     restored = checkpoint.restore(tmp_path / "sft", like)
