@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import rlhf_jax as rl
-from rlhf_jax.models.lora import adapter_model, init_lora
+from rlhf_jax.models.lora import adapter_model, init_lora, lora_model
 from rlhf_jax.objectives import PolicyBatch
 from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
 from rlhf_jax.training.choices import make_pair_experience_fn
@@ -106,8 +106,9 @@ def test_an_adapter_is_trained_through_chunks():
     adapter = jax.tree.map(lambda x: x + 0.1, adapter)
 
     def gradient(chunk, base, adapter):
-        model = adapter_model(rl.causal_model(dataclasses.replace(CONFIG, logits_chunk=chunk)), base, scale=0.5)
-        assert model.logits_chunk == chunk
+        whole = rl.causal_model(dataclasses.replace(CONFIG, logits_chunk=chunk))
+        model = adapter_model(whole, base, scale=0.5)
+        assert model.logits_chunk == lora_model(whole, scale=0.5).logits_chunk == chunk
         return loss_metrics_and_gradient(rl.sft(model), adapter, TEXTS)
 
     assert_same(*jax.jit(lambda *args: [gradient(chunk, *args) for chunk in (None, CHUNK)])(base, adapter))
