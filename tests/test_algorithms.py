@@ -607,6 +607,7 @@ def test_a_row_s_paper_is_that_of_its_functions(name):
 
 def test_the_scripts_take_these_commands_and_know_no_other_method():
     """And for the direct methods the script's functions are the row's."""
+    dpo_methods, grpo_methods = (importlib.import_module(name) for name in ("dpo_methods", "grpo_methods"))
     found = {"dpo.py": set(), "grpo.py": set()}
     for case in CASES.values():
         script, *arguments = case.shown.script.split() or [""]
@@ -617,13 +618,12 @@ def test_the_scripts_take_these_commands_and_know_no_other_method():
         if script in found:
             found[script].add(config.dpo.method if script == "dpo.py" else config.grpo.method)
         if script == "dpo.py":
-            loss_fn, options = module.METHODS[config.dpo.method]
+            loss_fn, options = dpo_methods.METHODS[config.dpo.method]
             inputs_fn = options.get("inputs_fn", against_reference)
             assert (named(loss_fn), (inputs_fn,)) == (named(case.shown.losses[0]), case.shown.signal)
-    dpo, grpo = (importlib.import_module(name) for name in ("dpo", "grpo"))
     assert found == {
-        "dpo.py": set(get_args(get_type_hints(dpo.DPOConfig)["method"])),
-        "grpo.py": set(get_args(get_type_hints(grpo.GRPOConfig)["method"])),
+        "dpo.py": set(get_args(get_type_hints(dpo_methods.DPOConfig)["method"])),
+        "grpo.py": set(get_args(get_type_hints(grpo_methods.GRPOConfig)["method"])),
     }
 
 
