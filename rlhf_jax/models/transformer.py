@@ -292,10 +292,9 @@ def hidden(
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
-    matrix = config.constrain_fn(params["embedding" if config.tie_embeddings else "unembedding"], VOCABULARY)
-    logits = jnp.einsum(
-        "...d,vd->...v", hidden.astype(config.dtype), matrix.astype(config.dtype), preferred_element_type=jnp.float32
-    )
+    matrix = params["embedding" if config.tie_embeddings else "unembedding"].astype(config.dtype)
+    matrix = config.constrain_fn(matrix, VOCABULARY)  # what travels is rounded first
+    logits = jnp.einsum("...d,vd->...v", hidden.astype(config.dtype), matrix, preferred_element_type=jnp.float32)
     return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
@@ -333,7 +332,7 @@ def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -
 
 
 def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    x = config.constrain_fn(params["embedding"], VOCABULARY)[tokens].astype(config.dtype)
+    x = params["embedding"][tokens].astype(config.dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, config.dtype)
     if config.num_positions:
