@@ -105,6 +105,7 @@ from rlhf_jax.objectives import (
     shared_critic,
 )
 from rlhf_jax.runtime.collectives import count_collectives
+from rlhf_jax.runtime.flops import matmul_flops
 from rlhf_jax.runtime.sharding import (
     init_sharded,
     make_mesh,
@@ -114,6 +115,7 @@ from rlhf_jax.runtime.sharding import (
     shard_batch,
     state_shardings,
 )
+from rlhf_jax.runtime.topology import device_bytes, program_memory, topology_devices
 from rlhf_jax.training.choices import (
     best_and_worst,
     best_of_group,
@@ -213,6 +215,7 @@ __all__ = [
     "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
+    "device_bytes",
     "dpo_loss",
     "dual_ascent",
     "ensemble_mean",
@@ -263,6 +266,7 @@ __all__ = [
     "make_score_fn",
     "make_train_step",
     "masked_whiten",
+    "matmul_flops",
     "mean_against_reference",
     "mean_logprobs",
     "mean_per_token",
@@ -282,6 +286,7 @@ __all__ = [
     "ppo_optimizer",
     "preference",
     "process_reward",
+    "program_memory",
     "ranked_pairs",
     "regression_loss",
     "reinforce_loss",
@@ -316,6 +321,7 @@ __all__ = [
     "sums_and_nll",
     "token_logprobs",
     "token_mean",
+    "topology_devices",
     "transformer",
     "uncached_model",
     "uncertainty_weighted",
