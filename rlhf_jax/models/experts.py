@@ -1,7 +1,83 @@
 """Mixture of experts: every token through the few gated MLPs that a router picks for it (Shazeer et al. 2017)."""
 
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+ExpertsFn: TypeAlias = Callable[..., jax.Array]
+"""`experts(hidden [B, T, D], router [D, E], gate, up, down, *, experts_per_token, renormalize, activation) -> [B, T, D]`,
+the matrices as `expert_mlp` takes them: `routed_mlp`, or what `experts_on(mesh)` gives."""
+
+
+def routed_mlp(
+    hidden: jax.Array,
+    router: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    experts_per_token: int,
+    renormalize: bool,
+    activation,
+) -> jax.Array:
+    """Every token of `hidden [B, T, D]` through its experts: `expert_mlp` with what `route` says.
+
+    Tokens are sorted by expert over the whole batch. Where XLA splits the batch over devices, it gathers the tokens for
+    that; `experts_on(mesh)` sorts them where they are.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    options = {"experts_per_token": experts_per_token, "renormalize": renormalize}
+    chosen, shares = route(flat.astype(jnp.float32), router, **options)
+    return expert_mlp(flat, chosen, shares, gate, up, down, activation=activation).reshape(hidden.shape)
+
+
+@functools.cache
+def experts_on(
+    mesh: Mesh,
+    *,
+    rows: tuple[str, ...] = ("data", "fsdp"),
+    columns: str = "sequence",
+    experts: str = "expert",
+    width: str = "tensor",
+) -> ExpertsFn:
+    """`routed_mlp` in parts: each device sorts its own tokens and runs its own experts on them; the results are summed.
+
+    One all-reduce of `[B, T, D]` over `experts` and `width`; tokens never move. Equal arguments give the same object, so
+    that configs with it are equal.
+
+    Args:
+      mesh: from `make_mesh`.
+      rows: mesh axes that split B.
+      columns: mesh axis that splits T, where it divides it.
+      experts: mesh axis that splits E, which it must divide.
+      width: mesh axis that splits F, which it must divide.
+    """
+
+    def routed(hidden, router, gate, up, down, *, experts_per_token, renormalize, activation):
+        def own(hidden, router, gate, up, down):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            options = {"experts_per_token": experts_per_token, "renormalize": renormalize}
+            chosen, shares = route(flat.astype(jnp.float32), router, **options)
+            index = chosen - gate.shape[0] * jax.lax.axis_index(experts)
+            here = (index >= 0) & (index < gate.shape[0])
+            # Copies for other devices' experts are sorted behind all groups, where `ragged_dot` gives 0.
+            index, shares = jnp.where(here, index, gate.shape[0]), jnp.where(here, shares, 0.0)
+            # Said aloud: where only the indices of a gather differ between devices, JAX 0.10 sums no gradient over them.
+            flat = jax.lax.pcast(flat, (experts, width), to="varying")
+            part = expert_mlp(flat, index, shares, gate, up, down, activation=activation)
+            return jax.lax.psum(part.astype(jnp.float32), (experts, width)).astype(hidden.dtype).reshape(hidden.shape)
+
+        split = PartitionSpec(rows, None if hidden.shape[1] % mesh.shape[columns] else columns)
+        widening = PartitionSpec(experts, None, width)
+        specs = (split, PartitionSpec(), widening, widening, PartitionSpec(experts, width))
+        on_mesh = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=split)
+        return on_mesh(hidden, router, gate, up, down)
+
+    return routed
 
 
 def route(

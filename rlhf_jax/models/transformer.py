@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.models.attention import AttentionFn, sights, xla_attention
-from rlhf_jax.models.experts import expert_mlp, route
+from rlhf_jax.models.experts import ExpertsFn, routed_mlp
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
@@ -102,6 +102,8 @@ class TransformerConfig:
     whatever it is."""
     attention_fn: AttentionFn = xla_attention
     """The implementation of attention; see `models.attention`."""
+    experts_fn: ExpertsFn = routed_mlp
+    """How tokens reach their experts; see `models.experts`."""
     constrain_fn: ConstrainFn = unconstrained
     """Where activations live, said from outside: `runtime.sharding.constrain_on(mesh)`."""
     remat_policy: Callable | None = None
@@ -402,11 +404,9 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
 
 def _mlp(weights, config, h):
     if config.num_experts:
-        flat = h.reshape(-1, h.shape[-1])
         options = {"experts_per_token": config.experts_per_token, "renormalize": config.renormalize_experts}
-        chosen, shares = route(flat.astype(jnp.float32), weights["router"], **options)
-        matrices = (weights["gate"], weights["up"], weights["down"])
-        return expert_mlp(flat, chosen, shares, *matrices, activation=config.activation).reshape(h.shape)
+        matrices = (weights["router"], weights["gate"], weights["up"], weights["down"])
+        return config.experts_fn(h, *matrices, **options, activation=config.activation)
 
     def dense(name: str, x: jax.Array) -> jax.Array:
         product = _product("btd,df->btf", x, weights[name])

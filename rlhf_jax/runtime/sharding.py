@@ -33,6 +33,7 @@ DEFAULT_RULES: Rules = {
     "length": COLUMN_AXIS,
 }
 
+
 class Declared(Protocol):
     """An array to come, as `models.parameters.ParamSpec` declares it."""
 
