@@ -24,6 +24,7 @@ from plan_report import Part, Plan, changes, show
 
 import rlhf_jax as rl
 from rlhf_jax.models.attention import best_for, xla_attention
+from rlhf_jax.models.experts import experts_on, routed_mlp
 from rlhf_jax.runtime.flops import matmul_flops
 from rlhf_jax.runtime.runs import write_json
 from rlhf_jax.runtime.sharding import BATCH_AXES, constrain_on
@@ -73,8 +74,8 @@ class Config:
     """File for the figures."""
 
 
-def build(config: Config, devices: list[jax.Device], *, plain_attention: bool = False) -> Stage:
-    """The stage on a mesh of these devices.
+def build(config: Config, devices: list[jax.Device], *, plain: bool = False) -> Stage:
+    """The stage on a mesh of these devices; `plain` is the same in products that can be counted.
 
     Raises:
       ValueError: sizes that do not divide.
@@ -87,7 +88,8 @@ def build(config: Config, devices: list[jax.Device], *, plain_attention: bool = 
         shape,
         dtype=config.dtype,
         remat=config.remat,
-        attention_fn=xla_attention if plain_attention else attention_fn,
+        attention_fn=xla_attention if plain else attention_fn,
+        experts_fn=routed_mlp if plain else experts_on(mesh),
         constrain_fn=constrain_on(mesh),
     )
     parts, steps = mesh.shape["data"] * mesh.shape["fsdp"], config.num_micro_batches
@@ -133,7 +135,7 @@ def compile_part(config: Config, program: Program, plain: Program, num_devices: 
 def plan(config: Config) -> Plan:
     """Compile the stage's programs, the largest first; what cannot fit whatever they need is not compiled."""
     devices = topology_devices(config.topology)
-    stage, plain = build(config, devices), build(config, devices, plain_attention=True)
+    stage, plain = build(config, devices), build(config, devices, plain=True)
     held = {name: device_bytes(arrays) for name, arrays in stage.held.items()}
     capacity, parts = device_memory(config.topology), []
     result = Plan(config.topology, len(devices), capacity, held, device_bytes(stage.cache), stage.rows, parts)
