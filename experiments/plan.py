@@ -62,6 +62,8 @@ class Config:
     num_minibatches: int = 1
     """PPO's steps an iteration."""
     num_micro_batches: int = 1
+    logits_columns: int | None = 128
+    """Columns of a micro-batch whose logits a loss makes at a time (`logits_chunk`); none = all."""
     remat: bool = True
     """Layers are computed again in the backward pass."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -84,16 +86,19 @@ def build(config: Config, devices: list[jax.Device], *, plain: bool = False) -> 
     mesh, shape = rl.make_mesh(**sizes, devices=devices), network(config.model)
     axes = {"mesh": mesh, "rows": BATCH_AXES, "heads": "tensor"}
     attention_fn = best_for(devices[0], dtype=config.dtype, head_dim=shape.head_dim, **axes)
+    steps = config.num_micro_batches * (config.num_minibatches if config.stage == "ppo" else 1)
+    pairs = 2 if config.stage == "dpo" else 1
+    chunk = None if config.logits_columns is None else config.logits_columns * pairs * config.batch // steps
     shape = dataclasses.replace(
         shape,
         dtype=config.dtype,
         remat=config.remat,
+        logits_chunk=chunk,
         attention_fn=xla_attention if plain else attention_fn,
         experts_fn=routed_mlp if plain else experts_on(mesh),
         constrain_fn=constrain_on(mesh),
     )
-    parts, steps = mesh.shape["data"] * mesh.shape["fsdp"], config.num_micro_batches
-    steps *= config.num_minibatches if config.stage == "ppo" else 1
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch % (steps * parts):
         raise ValueError(
             f"{config.batch} rows do not divide into {steps} micro-batches on {parts} devices of data and fsdp. "

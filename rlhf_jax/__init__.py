@@ -23,9 +23,18 @@ from rlhf_jax.functional.calibration import (
     fit_temperature,
     remove_length,
 )
+from rlhf_jax.functional.columns import map_columns
 from rlhf_jax.functional.ensembles import ensemble_mean, normalize_members, uncertainty_weighted, worst_case
 from rlhf_jax.functional.kl import adaptive_kl_coef, exact_kl, k1, k2, k3, k3_straight_through
-from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
+from rlhf_jax.functional.logprobs import (
+    TokenLaws,
+    chunked_token_laws,
+    entropy,
+    mean_logprobs,
+    sequence_logprobs,
+    token_laws,
+    token_logprobs,
+)
 from rlhf_jax.functional.masking import masked_whiten, shift_right
 from rlhf_jax.functional.policy_losses import (
     cispo_loss,
@@ -186,6 +195,7 @@ __all__ = [
     "Scored",
     "SequenceBatch",
     "StepBatch",
+    "TokenLaws",
     "TrainState",
     "TransformerConfig",
     "actor_critic",
@@ -206,6 +216,7 @@ __all__ = [
     "bradley_terry_loss",
     "causal_model",
     "check_scores",
+    "chunked_token_laws",
     "cispo_loss",
     "clipped_policy_loss",
     "clipped_sequence_loss",
@@ -265,6 +276,7 @@ __all__ = [
     "make_remax_experience_fn",
     "make_score_fn",
     "make_train_step",
+    "map_columns",
     "masked_whiten",
     "matmul_flops",
     "mean_against_reference",
@@ -319,6 +331,7 @@ __all__ = [
     "subtract_missing_eos",
     "subtract_overlong",
     "sums_and_nll",
+    "token_laws",
     "token_logprobs",
     "token_mean",
     "topology_devices",

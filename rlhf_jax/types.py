@@ -29,18 +29,23 @@ WeightedMetrics: TypeAlias = dict[str, tuple[Float[Array, ""], Float[Array, ""]]
 
 
 class CausalModel(NamedTuple):
-    """What the floors above know of a decoder: three pure functions. Bring any module that offers them.
+    """What the floors above know of a decoder: three pure functions, and how to call one. Bring any module that offers them.
 
     `hidden(params, tokens [B, T], positions [B, T], segment_ids [B, T], cache | None) -> (hidden [B, T, D], cache)`
         Position `t` sees tokens `<= t` of its own segment. Without a cache it returns None for it; with one it
         appends the new tokens to what the cache holds and attends to all of it.
     `unembed(params, hidden [..., D]) -> logits [..., V]`
     `init_cache(batch_size, max_length) -> cache`
+
+    `logits_chunk`: tokens, over all rows, whose logits a loss or a scoring makes at a time; None = all at once. With it
+    nothing as large as `[B, T, V]` is ever in memory, forward or backward, and the results are the same to rounding (see
+    `chunked_token_laws`). Of any model: `model._replace(logits_chunk=1024)`.
     """
 
     hidden: Callable[..., tuple[Float[Array, "B T D"], Cache]]
     unembed: Callable[[Params, Float[Array, "... D"]], Float[Array, "... V"]]
     init_cache: Callable[[int, int], Cache]
+    logits_chunk: int | None = None
 
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Float[Array, ""], Float[Array, ""], WeightedMetrics]]

@@ -23,9 +23,17 @@ from rlhf_jax.functional.calibration import (
     fit_temperature,
     remove_length,
 )
+from rlhf_jax.functional.columns import map_columns
 from rlhf_jax.functional.ensembles import ensemble_mean, normalize_members, uncertainty_weighted, worst_case
 from rlhf_jax.functional.kl import adaptive_kl_coef, exact_kl, k1, k2, k3, k3_straight_through
-from rlhf_jax.functional.logprobs import entropy, mean_logprobs, sequence_logprobs, token_logprobs
+from rlhf_jax.functional.logprobs import (
+    chunked_token_laws,
+    entropy,
+    mean_logprobs,
+    sequence_logprobs,
+    token_laws,
+    token_logprobs,
+)
 from rlhf_jax.functional.masking import (
     last_true_index,
     masked_mean,
@@ -96,6 +104,7 @@ __all__ = [
     "best_of_n_mean",
     "best_of_n_weights",
     "bradley_terry_loss",
+    "chunked_token_laws",
     "cispo_loss",
     "clipped_policy_loss",
     "clipped_sequence_loss",
@@ -125,6 +134,7 @@ __all__ = [
     "lagrangian_reward",
     "last_true_index",
     "leave_one_out",
+    "map_columns",
     "masked_mean",
     "masked_sum",
     "masked_var",
@@ -159,6 +169,7 @@ __all__ = [
     "subtract_missing_eos",
     "subtract_overlong",
     "sums_and_nll",
+    "token_laws",
     "token_logprobs",
     "token_mean",
     "uncertainty_weighted",

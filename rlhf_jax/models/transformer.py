@@ -110,6 +110,8 @@ class TransformerConfig:
     """With `remat`: what of a layer is kept, one of `jax.checkpoint_policies`; None keeps nothing."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of storing its activations."""
+    logits_chunk: int | None = None
+    """Tokens whose logits a loss makes at a time, None = all (see `CausalModel`). Worth it for large vocabularies."""
     unroll: int = 1
     """Layers per step of the loop over layers; more is faster while they are few and small, and slower to compile."""
 
@@ -310,6 +312,7 @@ def causal_model(config: TransformerConfig) -> CausalModel:
         hidden=bound_hidden,
         unembed=lambda params, states: unembed(params, config, states),
         init_cache=partial(init_cache, config),
+        logits_chunk=config.logits_chunk,
     )
 
 

@@ -4,7 +4,7 @@ Every objective is `objective(params, batch) -> (total, weight, metrics)`: the l
 all micro-batches and devices have added theirs, so neither can change a gradient. Metrics travel in the same form.
 """
 
-from rlhf_jax.objectives.forward import policy_hidden, sequence_token_logprobs
+from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs
 from rlhf_jax.objectives.policy import (
     CriticFn,
     PolicyBatch,
@@ -39,6 +39,7 @@ __all__ = [
     "pair_token_logprobs",
     "policy_gradient",
     "policy_hidden",
+    "policy_laws",
     "preference",
     "process_reward",
     "reward_model",

@@ -9,11 +9,10 @@ from flax import struct
 
 from rlhf_jax.functional.aggregation import token_mean
 from rlhf_jax.functional.kl import k1, k2
-from rlhf_jax.functional.logprobs import entropy, token_logprobs
 from rlhf_jax.functional.masking import masked_sum, shift_right
 from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
 from rlhf_jax.models.heads import scalar_head
-from rlhf_jax.objectives.forward import policy_hidden, sequence_token_logprobs
+from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs
 from rlhf_jax.types import CausalModel, Experience, Objective, Params, SequenceBatch
 
 CriticFn: TypeAlias = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -67,10 +66,9 @@ def actor_critic(
     def objective(params: Params, batch: PolicyBatch):
         data, mask = batch.experience, batch.experience.mask
         hidden = policy_hidden(model, params["policy"], data.tokens, data.segment_ids)
-        logits = model.unembed(params["policy"], hidden)
-        logprobs = token_logprobs(logits, data.tokens, temperature=temperature)
+        laws = policy_laws(model, params["policy"], hidden, data.tokens, mask, temperature=temperature)
+        logprobs, entropies = laws.logprobs, laws.entropies
         values = critic(params["critic"], hidden, data.tokens, data.segment_ids)
-        entropies = entropy(logits, temperature=temperature)
         policy_losses = clipped_policy_loss(
             logprobs,
             data.old_logprobs,
@@ -138,9 +136,8 @@ def policy_gradient(
     def objective(params: Params, batch: PolicyBatch):
         data, mask = batch.experience, batch.experience.mask
         hidden = policy_hidden(model, params["policy"], data.tokens, data.segment_ids)
-        logits = model.unembed(params["policy"], hidden)
-        logprobs = token_logprobs(logits, data.tokens, temperature=temperature)
-        entropies = entropy(logits, temperature=temperature)
+        laws = policy_laws(model, params["policy"], hidden, data.tokens, mask, temperature=temperature)
+        logprobs, entropies = laws.logprobs, laws.entropies
 
         def losses_of(logprobs: jax.Array) -> jax.Array:
             return loss_fn(logprobs, data.old_logprobs, data.advantages, mask=mask)
@@ -183,6 +180,6 @@ def of_policy(objective: Objective) -> Objective:
 def _weighted_nll(model: CausalModel, params: Params, batch: PolicyBatch):
     """Weighted sum of the demonstrations' token losses, and their plain (total, weight)."""
     data = batch.demonstrations
-    logprobs = sequence_token_logprobs(model, params, data.tokens, data.segment_ids)
+    logprobs = sequence_token_logprobs(model, params, data.tokens, data.segment_ids, data.loss_mask)
     nll = -masked_sum(logprobs, data.loss_mask, axis=1)
     return (nll * batch.demonstration_weight).sum(), (nll.sum(), data.loss_mask.sum().astype(jnp.float32))

@@ -92,5 +92,5 @@ def labelled_preference(model: CausalModel, loss_fn: Callable[..., jax.Array], *
 def pair_token_logprobs(model: CausalModel, params: Params, batch: PreferenceBatch | LabelledBatch) -> jax.Array:
     """Token log-probs `[B, 2, T]` of both rows of every pair; under the reference's `params` they are `ref_logprobs`."""
     flat = (-1, batch.tokens.shape[-1])
-    tokens, segment_ids = batch.tokens.reshape(flat), batch.segment_ids.reshape(flat)
-    return sequence_token_logprobs(model, params, tokens, segment_ids).reshape(batch.tokens.shape)
+    rows = (x.reshape(flat) for x in (batch.tokens, batch.segment_ids, batch.completion_mask))
+    return sequence_token_logprobs(model, params, *rows).reshape(batch.tokens.shape)

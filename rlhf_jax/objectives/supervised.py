@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 
-from rlhf_jax.functional.logprobs import token_logprobs
-from rlhf_jax.functional.masking import masked_sum, shift_right
-from rlhf_jax.objectives.forward import policy_hidden
+from rlhf_jax.functional.masking import masked_sum
+from rlhf_jax.objectives.forward import policy_hidden, policy_laws
 from rlhf_jax.types import CausalModel, Objective, Params, SequenceBatch
 
 
@@ -12,11 +11,11 @@ def sft(model: CausalModel) -> Objective:
     """Negative log-likelihood of the demonstrations' completion tokens, in nats per token (Ouyang et al. 2022, §3.5)."""
 
     def objective(params: Params, batch: SequenceBatch):
-        logits = model.unembed(params, policy_hidden(model, params, batch.tokens, batch.segment_ids))
-        logprobs = token_logprobs(logits, batch.tokens)
-        total = masked_sum(-logprobs, batch.loss_mask)
-        weight = batch.loss_mask.sum().astype(jnp.float32)
-        hits = shift_right(jnp.argmax(logits, axis=-1)) == batch.tokens
-        return total, weight, {"sft/nll": (total, weight), "sft/accuracy": (masked_sum(hits, batch.loss_mask), weight)}
+        mask = batch.loss_mask
+        hidden = policy_hidden(model, params, batch.tokens, batch.segment_ids)
+        laws = policy_laws(model, params, hidden, batch.tokens, mask)
+        total = masked_sum(-laws.logprobs, mask)
+        weight = mask.sum().astype(jnp.float32)
+        return total, weight, {"sft/nll": (total, weight), "sft/accuracy": (masked_sum(laws.hits, mask), weight)}
 
     return objective

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.functional.logprobs import token_logprobs
 from rlhf_jax.functional.reward_losses import ordered_pairs
 from rlhf_jax.generation.best_of_n import best_rows
-from rlhf_jax.objectives import policy_hidden, sequence_token_logprobs
+from rlhf_jax.objectives import policy_hidden, policy_laws, sequence_token_logprobs
 from rlhf_jax.training.rollout import rollout_metrics
 from rlhf_jax.types import (
     CausalModel,
@@ -71,9 +70,8 @@ def make_best_of_experience_fn(
 
     def experience(params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array):
         del params, kl_coef
-        ref_logprobs = sequence_token_logprobs(
-            model, ref_params, generation.tokens, generation.segment_ids, temperature=temperature
-        )
+        rows = (generation.tokens, generation.segment_ids, generation.completion_mask)
+        ref_logprobs = sequence_token_logprobs(model, ref_params, *rows, temperature=temperature)
         metrics = rollout_metrics(generation, scores, ref_logprobs, jnp.zeros(()))
         metrics["objective/best_scores"] = scores.reshape(-1, group_size).max(axis=1).mean()
         return best_of_group(generation, scores, group_size=group_size), metrics
@@ -92,9 +90,10 @@ def make_pair_experience_fn(
 
     def experience(params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array):
         del params, kl_coef
-        logits = model.unembed(ref_params, policy_hidden(model, ref_params, generation.tokens, generation.segment_ids))
+        tokens, mask = generation.tokens, generation.completion_mask
+        hidden = policy_hidden(model, ref_params, tokens, generation.segment_ids)
         at_sampling, ref_logprobs = (
-            token_logprobs(logits, generation.tokens, temperature=t) for t in (temperature, 1.0)
+            policy_laws(model, ref_params, hidden, tokens, mask, temperature=t).logprobs for t in (temperature, 1.0)
         )
         metrics = rollout_metrics(generation, scores, at_sampling, jnp.zeros(()))
         pairs = best_and_worst(generation, scores, ref_logprobs, group_size=group_size)

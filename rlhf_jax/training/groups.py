@@ -79,7 +79,7 @@ def make_policy_experience_fn(
         del params
         mask = generation.completion_mask
         ref_logprobs = sequence_token_logprobs(
-            model, ref_params, generation.tokens, generation.segment_ids, temperature=temperature
+            model, ref_params, generation.tokens, generation.segment_ids, mask, temperature=temperature
         )
         kl_coef = kl_coef if kl_in_reward else jnp.zeros(())
         rewards = shape_rewards(scores, generation.logprobs, ref_logprobs, mask, kl_coef=kl_coef)

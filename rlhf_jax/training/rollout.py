@@ -72,7 +72,7 @@ def make_experience_fn(
         params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array
     ) -> tuple[Experience, Metrics]:
         tokens, segment_ids, mask = generation.tokens, generation.segment_ids, generation.completion_mask
-        ref_logprobs = sequence_token_logprobs(model, ref_params, tokens, segment_ids, temperature=temperature)
+        ref_logprobs = sequence_token_logprobs(model, ref_params, tokens, segment_ids, mask, temperature=temperature)
         # A shared critic reads these states; a separate one ignores them, and the compiler drops the computation.
         hidden = policy_hidden(model, params["policy"], tokens, segment_ids)
         values = critic(params["critic"], hidden, tokens, segment_ids)
