@@ -109,12 +109,14 @@ def show(config: Any, plan: Plan) -> None:
         held.add_row(name, _gib(size))
     console.print(held)
     table = _table("on each device while a program runs", "", *(part.name for part in plan.parts))
-    for name in Memory._fields:
+    for name in ("arguments", "outputs", "temporaries", "code"):
         sizes = ("?" if part.memory is None else _gib(getattr(part.memory, name)) for part in plan.parts)
         table.add_row(f"{name}, GiB", *sizes)
     table.add_row("what stays beside, GiB", *(_gib(part.beside) for part in plan.parts))
     totals = (("> " if part.memory is None else "") + _gib(part.total) for part in plan.parts)
-    table.add_row("together, GiB", *totals, end_section=True)
+    table.add_row("together, GiB", *totals)
+    live = ("?" if part.memory is None else _gib(part.memory.live + part.beside) for part in plan.parts)
+    table.add_row("of it at one moment, GiB", *live, end_section=True)
     for kind in sorted({kind for part in plan.parts for kind in part.collectives}):
         traffic = (part.collectives.get(kind, Traffic(0, 0)) for part in plan.parts)
         table.add_row(f"{kind}, loops once, GiB", *(f"{x.count}: {_gib(x.bytes)}" for x in traffic))

@@ -28,8 +28,10 @@ STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
 CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
 """Of the cached keys and values, `[L, B, S, G, C]`."""
+LOOKUP = ("lookup", "length", "embed")
+"""Of rows of the embedding as they are found in it, D split as there; they then move to where `STREAM` is."""
 VOCABULARY = ("vocab", None)
-"""Of the embedding where it is used: whole rows, or the lookup would split the stream by D."""
+"""Of the output matrix where it is used: whole rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +339,7 @@ def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -
 
 
 def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    x = params["embedding"][tokens].astype(config.dtype)
+    x = config.constrain_fn(params["embedding"][tokens].astype(config.dtype), LOOKUP)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, config.dtype)
     if config.num_positions:

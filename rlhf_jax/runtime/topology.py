@@ -35,6 +35,15 @@ CHIPS = {
 """Speeds, and data sheet sizes of 32, 16, 95 and 32 GB: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e."""
 
 
+_COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU whose metadata could be asked for
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; the topology is said by name
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several may compile side by side
+}
+"""What libtpu reads; with these it is silent."""
+
+
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of a topology, to compile for: `v5e:4x4` of a TPU that need not be here, `cpu:8` of this process.
 
@@ -60,8 +69,8 @@ def topology_devices(name: str) -> list[jax.Device]:
         raise ModuleNotFoundError(
             f"{name}: the compiler for TPUs is not installed. Fix: pip install 'rlhf_jax[tpu-compiler]'; no TPU is needed"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nothing to ask about a TPU that is not here
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compilers may stand side by side
+    for variable, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:
@@ -106,12 +115,15 @@ class Memory(NamedTuple):
     outputs: int
     """Those that take the place of no donated argument."""
     temporaries: int
+    """As allocated, gaps between them included."""
     code: int
+    live: int
+    """Most that is in use at one moment: what an allocator without gaps would need for all of it."""
 
     @property
     def total(self) -> int:
-        """While it runs."""
-        return sum(self)
+        """While it runs, as allocated."""
+        return self.arguments + self.outputs + self.temporaries + self.code
 
 
 def program_memory(compiled: jax.stages.Compiled) -> Memory:
@@ -122,6 +134,7 @@ def program_memory(compiled: jax.stages.Compiled) -> Memory:
         outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         code=found.generated_code_size_in_bytes,
+        live=found.peak_memory_in_bytes,
     )
 
 

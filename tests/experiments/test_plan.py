@@ -91,7 +91,7 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(change, mes
 
 
 def planned(topology="v5e:4x4", num_devices=16, held=4.0, update=11.0, given_up=False):
-    memory = None if given_up else Memory(int(2 * GIB), 0, int((update - 2) * GIB), 0)
+    memory = None if given_up else Memory(int(2 * GIB), 0, int((update - 2) * GIB), 0, int(update * GIB))
     parts = [Part("update", memory, GIB, int(update * GIB) if given_up else None, 1e12, 0.1, {}, 1.0)]
     sizes = {
         "policy": held / 8,
