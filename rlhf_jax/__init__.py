@@ -83,6 +83,7 @@ from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtrac
 from rlhf_jax.generation.best_of_n import best_of_n
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
+from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import (
     combine_attributes,
     ensemble_scores,
@@ -116,6 +117,8 @@ from rlhf_jax.objectives import (
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.flops import matmul_flops
 from rlhf_jax.runtime.sharding import (
+    DEFAULT_RULES,
+    constrain_on,
     init_sharded,
     make_mesh,
     named_shardings,
@@ -178,6 +181,7 @@ from rlhf_jax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_RULES",
     "AttributeBatch",
     "CausalModel",
     "Experience",
@@ -223,6 +227,7 @@ __all__ = [
     "clipped_value_loss",
     "combine_attributes",
     "constant_length_mean",
+    "constrain_on",
     "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
@@ -235,6 +240,7 @@ __all__ = [
     "evaluate",
     "exact_kl",
     "expected_calibration_error",
+    "experts_on",
     "fill_missing",
     "first_choice_loss",
     "fit_log_length",

@@ -45,17 +45,22 @@ def joined(run: Path, processes: Processes) -> Iterator[None]:
     after it fell silent), runs no clean-up code: `last_words.py` says in its place what is kept and how to go on.
 
     Raises:
-      ValueError: some of the three flags are missing, or the environment names no cluster.
+      ValueError: some of the three flags are missing, the environment names no cluster, or the processes were started with
+        different numbers of them.
     """
     if not _asked(processes):
         yield
         return
     _check(processes)
+    timeout = max(processes.heartbeat, 60)
+    if processes.num_processes:
+        who = f"process {processes.process_id} of {processes.num_processes}"
+        print(f"{who} joins {processes.coordinator}: waiting {timeout} s at most for the others", file=sys.stderr)
     jax.distributed.initialize(
         processes.coordinator,
         processes.num_processes,
         processes.process_id,
-        initialization_timeout=max(processes.heartbeat, 60),
+        initialization_timeout=timeout,
         heartbeat_timeout_seconds=processes.heartbeat,
         shutdown_timeout_seconds=processes.heartbeat,
     )
@@ -64,6 +69,7 @@ def joined(run: Path, processes: Processes) -> Iterator[None]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as speaker:
         as_wanted = False
         try:
+            _check_number(processes)
             yield
             as_wanted = True
         except SystemExit:
@@ -114,6 +120,15 @@ def _asked(processes: Processes) -> bool:
 
 def _flags(processes: Processes) -> tuple[str | None, int | None, int | None]:
     return processes.coordinator, processes.num_processes, processes.process_id
+
+
+def _check_number(processes: Processes) -> None:
+    """Process 0's number holds for all, whatever the others were told."""
+    if processes.num_processes not in (None, jax.process_count()):
+        raise ValueError(
+            f"process {processes.process_id} was told of {processes.num_processes} processes, process 0 of "
+            f"{jax.process_count()}: nothing was computed. Fix: the same num_processes in every one"
+        )
 
 
 def _check(processes: Processes) -> None:

@@ -106,10 +106,7 @@ def _is_declared(leaf: Any) -> bool:
 def _partition(where: str, spec: Declared, mesh: Mesh, rules: Rules) -> PartitionSpec:
     if not _is_declared(spec) or len(spec.axes) != len(spec.shape):
         raise ValueError(f"{where}: {spec} declares no array with a shape and a name for each of its dimensions")
-    unknown = [name for name in spec.axes if name is not None and name not in rules]
-    if unknown:
-        raise ValueError(f"{where}: no rule for logical axes {unknown}; the table knows {sorted(rules)}")
-    mapped = [None if name is None else rules[name] for name in spec.axes]
+    mapped = _look_up(where, spec.axes, rules)
     split = [_mesh_axes(axes) for axes in mapped]
     used = [axis for axes in split for axis in axes]
     if not set(used) <= set(mesh.shape):
@@ -186,12 +183,19 @@ def _constrain_on(mesh: Mesh, rules: tuple) -> Callable[[jax.Array, tuple[str | 
     table = dict(rules)
 
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        mapped = [None if name is None else table[name] for name in axes]
+        mapped = _look_up(f"activation {x.shape}", axes, table)
         parts = [math.prod(mesh.shape[axis] for axis in _mesh_axes(mapped_to)) for mapped_to in mapped]
         kept = [to if not size % part else None for to, size, part in zip(mapped, x.shape, parts, strict=True)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*kept)))
 
     return constrain
+
+
+def _look_up(where: str, names: tuple[str | None, ...], rules: Rules) -> list[str | tuple[str, ...] | None]:
+    unknown = [name for name in names if name is not None and name not in rules]
+    if unknown:
+        raise ValueError(f"{where}: no rule for logical axes {unknown}; the table knows {sorted(rules)}")
+    return [None if name is None else rules[name] for name in names]
 
 
 def _mesh_axes(mapped: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -1,11 +1,14 @@
 """Mixture of experts against a loop over tokens; experts that nobody chose included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.experts import expert_mlp, route
+from rlhf_jax.models.experts import expert_mlp, experts_on, route, routed_mlp
+from rlhf_jax.runtime.sharding import make_mesh
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -31,3 +34,27 @@ def test_equals_a_loop_over_tokens(renormalize):
             inner = inner / (1 + np.exp(-inner)) * (x @ up[expert])
             expected += shares[expert] / total * (inner @ down[expert])
         np.testing.assert_allclose(found[token], expected, rtol=2e-4, atol=1e-5)
+
+
+@functools.cache
+def outputs_and_gradients(experts_fn):
+    """Of five columns, which a sequence axis of two leaves whole; gradients of all five arguments."""
+    rng = np.random.default_rng(1)
+    shapes = ((2, 5, 8), (8, 4), (4, 8, 6), (4, 8, 6), (4, 6, 8))
+    options = {"experts_per_token": 2, "renormalize": True, "activation": jax.nn.silu}
+
+    def total(arrays):
+        outputs = experts_fn(*arrays, **options)
+        return jnp.square(outputs).sum(), outputs
+
+    return jax.jit(jax.grad(total, has_aux=True))([rng.normal(size=shape).astype(np.float32) for shape in shapes])
+
+
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_in_parts_equals_the_whole(axis):
+    """The expert axis is in `tests/runtime/test_meshes.py`."""
+    on_mesh = experts_on(make_mesh(data=1, **{axis: 2}))
+    assert on_mesh is experts_on(make_mesh(data=1, **{axis: 2}))
+    found, expected = (jax.tree.leaves(outputs_and_gradients(x)) for x in (on_mesh, routed_mlp))
+    for ours, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-5 * np.abs(exact).max())

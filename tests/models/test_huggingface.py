@@ -94,6 +94,16 @@ def test_parameters_are_born_sharded(saved):
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 8, 24)}
 
 
+def test_a_reward_model_is_born_sharded_head_and_all(tmp_path):
+    scorer = tiny.init_frozen().reward_params
+    huggingface.save_reward_model(tmp_path / "scorer", scorer, HF_CONFIG, pad_token_id=tiny.PAD)
+    place = partial(named_shardings, mesh=make_mesh(data=1, fsdp=2))
+    loaded = huggingface.load_reward_model(tmp_path / "scorer", shard_fn=place).params
+    equal(loaded, scorer)
+    assert loaded["head"]["weight"].sharding.shard_shape((16,)) == (8,)
+    assert loaded["trunk"]["layers"]["gate"].sharding.shard_shape((2, 16, 24)) == (2, 8, 24)
+
+
 def test_extra_files_and_never_half_a_folder(tmp_path):
     def card(folder):
         (folder / "README.md").write_text("made by a test")

@@ -5,11 +5,13 @@ import signal
 import socket
 import time
 
+import jax
 import numpy as np
 import pytest
 from runtime.loop import HEARTBEAT
 from runtime.test_kill import finish, outcome, play, start
 
+from rlhf_jax.runtime import processes
 from rlhf_jax.runtime.checkpoint import latest_step
 from rlhf_jax.runtime.last_words import words
 from rlhf_jax.runtime.processes import Processes, joined
@@ -119,3 +121,18 @@ def test_last_words_name_what_is_kept(tmp_path):
         (tmp_path / "state" / step).mkdir(parents=True)
     assert "Kept: sft after 12 steps. Fix:" in words(tmp_path, "process 1 of 2")
     assert "Kept: the acts that were finished. Fix:" in words(tmp_path / "nowhere", "process 1 of 2")
+
+
+def test_two_numbers_of_processes(tmp_path, monkeypatch, capsys):
+    """JAX itself goes on with the number that process 0 was given."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_leave_at_once", lambda speaker: None)
+    told = Processes(coordinator="host:1", num_processes=3, process_id=1)
+    with (
+        pytest.raises(ValueError, match="process 1 was told of 3 processes, process 0 of 2: nothing was computed"),
+        joined(tmp_path, told),
+    ):
+        pass
+    assert "process 1 of 3 joins host:1: waiting 60 s at most for the others\n" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from rlhf_jax.models.transformer import param_specs
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime.sharding import (
     DEFAULT_RULES,
+    constrain_on,
     init_sharded,
     make_mesh,
     named_shardings,
@@ -140,6 +141,20 @@ def test_heads_are_what_their_specs_say():
     shapes = jax.tree.map(lambda spec: spec.shape, specs, is_leaf=is_spec)
     for head in (init_value_head(16), init_reward_head(key, 16)):
         assert jax.tree.map(jnp.shape, head) == shapes
+
+
+def test_activations_are_placed_where_they_can_be():
+    """A dimension that does not divide is left whole: one token a row, while decoding."""
+    mesh = make_mesh(data=1, sequence=2)
+    constrain = constrain_on(mesh)
+    assert constrain is constrain_on(make_mesh(data=1, sequence=2))
+    assert constrain is not constrain_on(mesh, {**DEFAULT_RULES, "length": None})
+    placed = jax.jit(lambda x: constrain(x, ("batch", "length", None)))(jnp.zeros((4, 6, 3)))
+    assert placed.sharding.shard_shape(placed.shape) == (4, 3, 3)
+    placed = jax.jit(lambda x: constrain(x, ("batch", "length", None)))(jnp.zeros((4, 1, 3)))
+    assert placed.sharding.is_fully_replicated
+    with pytest.raises(ValueError, match=r"activation \(4,\): no rule for logical axes \['batch'\]; the table knows"):
+        constrain_on(mesh, {"embed": None})(jnp.zeros(4), ("batch",))
 
 
 def test_from_one_layout_to_another_and_back():

@@ -1,0 +1,97 @@
+"""What a step computes and sends on 1, 2, 4 and 8 devices, from the compiled programs: no accelerator, no clock.
+
+    python benchmarks/scaling.py
+
+Strong: one batch of 16 rows, shared. Weak: 16 rows a device. Prints README's table, and what it takes to bring the
+parameters from the layout of training to that of generation (bytes, and seconds of this CPU). Layers are unrolled, so that
+each collective counts as often as it runs. Two CPU cores, about three minutes.
+"""
+
+import dataclasses
+import os
+import time
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import rlhf_jax as rl
+from rlhf_jax.runtime.sharding import BATCH_AXES
+
+CONFIG = rl.TransformerConfig(
+    vocab_size=4096, num_layers=4, model_dim=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=1024, unroll=4
+)
+ROWS, COLUMNS = 16, 128
+LAYOUTS = {
+    "data": lambda n: {"data": n},
+    "fsdp": lambda n: {"data": 1, "fsdp": n},
+    "tensor": lambda n: {"data": 1, "tensor": n},
+    "sequence": lambda n: {"data": 1, "sequence": n},
+}
+
+
+def step_on(mesh, num_rows):
+    """The compiled SFT step, lowered from shapes alone."""
+    config = dataclasses.replace(CONFIG, constrain_fn=rl.constrain_on(mesh))
+    optimizer = rl.adam_optimizer(1e-3)
+
+    def start():
+        return rl.init_train_state(rl.transformer.init(jax.random.key(0), config), optimizer)
+
+    def placed(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(start)
+    state = jax.tree.map(placed, shapes, rl.state_shardings(shapes, rl.transformer.param_specs(config), mesh))
+    split = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
+    dtypes = (jnp.int32, jnp.int32, jnp.bool_)
+    batch = rl.SequenceBatch(*(jax.ShapeDtypeStruct((num_rows, COLUMNS), dtype, sharding=split) for dtype in dtypes))
+    step = jax.jit(rl.make_train_step(rl.sft(rl.causal_model(config)), optimizer), donate_argnums=0)
+    return step.lower(state, batch).compile()
+
+
+def sent(compiled):
+    """Megabytes of the arrays in its collectives."""
+    return sum(traffic.bytes for traffic in rl.count_collectives(compiled).values()) / 1e6
+
+
+def table():
+    """GFLOP and megabytes of one device, one row a layout and number of devices."""
+    print("| layout | devices | strong: GFLOP | MB | weak: GFLOP | MB |\n|---|---|---|---|---|---|", flush=True)
+    for name, sizes in LAYOUTS.items():
+        for num_devices in (1, 2, 4, 8):
+            if num_devices == 1 and name != "data":
+                continue
+            mesh = rl.make_mesh(**sizes(num_devices), devices=jax.devices()[:num_devices])
+            strong, weak = step_on(mesh, ROWS), step_on(mesh, ROWS * num_devices)
+            numbers = [x for c in (strong, weak) for x in (c.cost_analysis()["flops"] / 1e9, sent(c))]
+            print(f"| {name} | {num_devices} | {' | '.join(f'{x:.2f}' for x in numbers)} |", flush=True)
+
+
+def move():
+    """From fsdp=8 to tensor=8 on the same devices."""
+    training, generation = (rl.make_mesh(data=1, **sizes) for sizes in ({"fsdp": 8}, {"tensor": 8}))
+    specs = rl.transformer.param_specs(CONFIG)
+    params = rl.init_sharded(lambda: rl.transformer.init(jax.random.key(0), CONFIG), specs=specs, mesh=training)
+    shardings = rl.named_shardings(specs, generation)
+    program = jax.jit(lambda tree: tree, out_shardings=shardings).lower(params).compile()
+    jax.block_until_ready(rl.reshard(params, shardings))
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(rl.reshard(params, shardings))
+        seconds.append(time.perf_counter() - begin)
+    size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e6
+    kinds = ", ".join(f"{traffic.count} {kind}" for kind, traffic in rl.count_collectives(program).items())
+    print(
+        f"\n{size:.1f} MB of parameters from fsdp=8 to tensor=8: {sent(program):.1f} MB in {kinds}; {np.median(seconds):.3f} s"
+    )
+
+
+if __name__ == "__main__":
+    table()
+    move()
