@@ -29,7 +29,7 @@ STREAM = ("batch", "length", None)
 CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
 """Of the cached keys and values, `[L, B, S, G, C]`."""
 LOOKUP = ("lookup", "length", "embed")
-"""Of rows of the embedding as they are found in it, D split as there; they then move to where `STREAM` is."""
+"""Of rows of the embedding as they are found in it; they then move to where `STREAM` is."""
 VOCABULARY = ("vocab", None)
 """Of the output matrix where it is used: whole rows."""
 

@@ -16,7 +16,14 @@ from rlhf_jax.runtime.sharding import constrain_on
 from rlhf_jax.runtime.topology import GIB, Memory
 
 SMALL = plan.Config(
-    model="tiny", topology="cpu:2", stage="sft", batch=4, prompt_length=4, completion_length=4, num_micro_batches=2
+    model="tiny",
+    topology="cpu:2",
+    stage="sft",
+    batch=4,
+    prompt_length=4,
+    completion_length=4,
+    num_micro_batches=2,
+    logits_columns=4,
 )
 
 
@@ -49,7 +56,9 @@ def test_a_plan_tells_the_bytes_of_the_step_that_runs():
     planned = plan.plan(SMALL)
     mesh = rl.make_mesh(data=1, fsdp=2)
     network = plan_models.network("tiny")
-    network = dataclasses.replace(network, dtype="bfloat16", remat=True, constrain_fn=constrain_on(mesh))
+    network = dataclasses.replace(
+        network, dtype="bfloat16", remat=True, logits_chunk=4 * 2, constrain_fn=constrain_on(mesh)
+    )  # four columns of the two rows of a micro-batch
     optimizer, specs = rl.adam_optimizer(1e-5), rl.transformer.param_specs(network)
 
     def init(key):
