@@ -43,8 +43,9 @@ def count_collectives(compiled: jax.stages.Compiled | str, *, in_loops: bool = F
     for name in counted:
         for _, shape, opcode, rest in computations[name]:
             kind = opcode.removesuffix("-start").removeprefix("ragged-")
-            if kind not in KINDS:
+            if kind not in KINDS or _is_repeated(name, computations[name]):
                 continue
+            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # a TPU's, written as a fusion
             moved = operands = sum(sizes.get(operand, 0) for operand in _NAME.findall(_arguments(rest)))
             if kind == "all-gather":  # the result of a -start is operand and result together
                 moved = _nbytes(shape) - (operands if opcode.endswith("-start") else 0)
@@ -76,6 +77,11 @@ def _in_loops(text: str, computations: dict[str, list[tuple[str, str, str, str]]
             named = {called for *_, rest in computations[name] for called in _NAME.findall(rest)}
             waiting.extend(named & computations.keys())
     return inside
+
+
+def _is_repeated(name: str, body: list[tuple[str, str, str, str]]) -> bool:
+    """Whether a TPU's program names here what another fusion has started: the middle and the end of one collective."""
+    return name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in rest for *_, rest in body)
 
 
 def _arguments(rest: str) -> str:

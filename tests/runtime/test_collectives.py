@@ -93,3 +93,20 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 }}
 """
     assert count_collectives(text) == expected
+
+
+def test_fusions_of_a_tpu():
+    """One gather in three parts, named in each, and a reduce-scatter that is an all-reduce inside a fusion of that name."""
+    gather = "%g = f32[32]{{0:T(128)}} all-gather(%p), channel_id=7, dimensions={{0}}\n"
+    target = 'custom_call_target="AsyncCollective{}"'
+    fusions = {
+        "fused_computation.1": f"  {gather}  ROOT %r = f32[32]{{0}} custom-call(%g), {target.format('Start')}",
+        "async_collective_fusion.2": f"  {gather}  ROOT %r = f32[32]{{0}} add(%g, %g)",
+        "fused_computation.3": f"  {gather}  ROOT %r = f32[32]{{0}} custom-call(%g), {target.format('Done')}",
+        "all-reduce-scatter.4": "  %s = f32[4]{0} all-reduce(%p), to_apply=%add\n  ROOT %r = f32[1]{0} dynamic-slice(%s, %i)",
+    }
+    text = "\n".join(
+        f"%{name} (p: f32[4]) -> f32[32] {{\n  %p = f32[4]{{0:T(128)}} parameter(0)\n{body}\n}}\n"
+        for name, body in fusions.items()
+    )
+    assert count_collectives(text) == {"all-gather": Traffic(1, 128), "reduce-scatter": Traffic(1, 16)}

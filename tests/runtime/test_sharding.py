@@ -151,8 +151,7 @@ def test_activations_are_placed_where_they_can_be():
     assert constrain is not constrain_on(mesh, {**DEFAULT_RULES, "length": None})
     placed = jax.jit(lambda x: constrain(x, ("batch", "length", None)))(jnp.zeros((4, 6, 3)))
     assert placed.sharding.shard_shape(placed.shape) == (4, 3, 3)
-    placed = jax.jit(lambda x: constrain(x, ("batch", "length", None)))(jnp.zeros((4, 1, 3)))
-    assert placed.sharding.is_fully_replicated
+    assert constrain(jnp.zeros((4, 1, 3)), ("batch", "length", None)).sharding.is_fully_replicated
     with pytest.raises(ValueError, match=r"activation \(4,\): no rule for logical axes \['batch'\]; the table knows"):
         constrain_on(mesh, {"embed": None})(jnp.zeros(4), ("batch",))
 
