@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
+from rlhf_jax.functional.columns import map_columns
 from rlhf_jax.functional.kl import exact_kl
 from rlhf_jax.functional.masking import shift_right
 from rlhf_jax.objectives import policy_hidden
@@ -129,15 +130,19 @@ def token_kl(
 
     Summed over completions that the policy sampled, its mean is the KL of completions, with less noise than
     `k1` (see `exact_kl`). The two may be of different networks with one vocabulary. Outside the completion it
-    means nothing: mask it.
+    means nothing: mask it. The smaller `logits_chunk` of the two, if there is one, holds for both.
     """
-    logprobs = [
-        jax.nn.log_softmax(
-            model.unembed(params, policy_hidden(model, params, tokens, segment_ids)).astype(jnp.float32) / temperature
-        )
-        for model, params in (policy, reference)
-    ]
-    return shift_right(exact_kl(*logprobs))
+    pair = (policy, reference)
+    hidden = [policy_hidden(model, params, tokens, segment_ids) for model, params in pair]
+
+    def kl(*hidden: jax.Array) -> jax.Array:
+        logits = (model.unembed(params, states) for (model, params), states in zip(pair, hidden, strict=True))
+        return exact_kl(*(jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in logits))
+
+    chunks = [model.logits_chunk for model, _ in pair if model.logits_chunk is not None]
+    if not chunks:
+        return shift_right(kl(*hidden))
+    return shift_right(map_columns(*hidden, fn=kl, num_columns=max(1, min(chunks) // tokens.shape[0])))
 
 
 def evaluate(objective: Objective) -> Callable[[Params, Iterable], dict[str, float]]:
