@@ -28,8 +28,7 @@ STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
 CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
 """Of the cached keys and values, `[L, B, S, G, C]`."""
-LOOKUP = ("lookup", "length", "embed")
-"""Of rows of the embedding as they are found in it; they then move to where `STREAM` is."""
+LOOKUP = ("lookup", "length", "embed")  # of rows of the embedding where they are found, before they move to `STREAM`
 VOCABULARY = ("vocab", None)
 """Of the output matrix where it is used: whole rows."""
 
