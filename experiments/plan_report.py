@@ -104,7 +104,7 @@ def show(config: Any, plan: Plan) -> None:
     console.print(
         f"{config.model}, {config.stage}, {plan.topology}: {plan.num_devices} devices, {plan.rows} rows on each at a time"
     )
-    held = _table("on each device all the time", "arrays", "GiB")
+    held = _table("always there", "arrays", "GiB")
     for name, size in {**plan.held, "together": sum(plan.held.values())}.items():
         held.add_row(name, _gib(size))
     console.print(held)
