@@ -115,6 +115,7 @@ from rlhf_jax.objectives import (
     shared_critic,
 )
 from rlhf_jax.runtime.collectives import count_collectives
+from rlhf_jax.runtime.flops import matmul_flops
 from rlhf_jax.runtime.sharding import (
     DEFAULT_RULES,
     constrain_on,
@@ -126,6 +127,7 @@ from rlhf_jax.runtime.sharding import (
     shard_batch,
     state_shardings,
 )
+from rlhf_jax.runtime.topology import device_bytes, program_memory, topology_devices
 from rlhf_jax.training.ahead import AheadState, make_ahead_iteration
 from rlhf_jax.training.choices import (
     best_and_worst,
@@ -232,6 +234,7 @@ __all__ = [
     "count_collectives",
     "cpo_loss",
     "critic_from_trunk",
+    "device_bytes",
     "dpo_loss",
     "dual_ascent",
     "ensemble_mean",
@@ -286,6 +289,7 @@ __all__ = [
     "make_train_step",
     "map_columns",
     "masked_whiten",
+    "matmul_flops",
     "mean_against_reference",
     "mean_logprobs",
     "mean_per_token",
@@ -305,6 +309,7 @@ __all__ = [
     "ppo_optimizer",
     "preference",
     "process_reward",
+    "program_memory",
     "ranked_pairs",
     "regression_loss",
     "reinforce_loss",
@@ -340,6 +345,7 @@ __all__ = [
     "token_laws",
     "token_logprobs",
     "token_mean",
+    "topology_devices",
     "transformer",
     "uncached_model",
     "uncertainty_weighted",

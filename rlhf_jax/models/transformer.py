@@ -28,8 +28,9 @@ STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
 CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
 """Of the cached keys and values, `[L, B, S, G, C]`."""
+LOOKUP = ("lookup", "length", "embed")  # of rows of the embedding where they are found, before they move to `STREAM`
 VOCABULARY = ("vocab", None)
-"""Of the embedding where it is used: whole rows, or the lookup would split the stream by D."""
+"""Of the output matrix where it is used: whole rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,10 +297,9 @@ def hidden(
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
     """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
-    matrix = config.constrain_fn(params["embedding" if config.tie_embeddings else "unembedding"], VOCABULARY)
-    logits = jnp.einsum(
-        "...d,vd->...v", hidden.astype(config.dtype), matrix.astype(config.dtype), preferred_element_type=jnp.float32
-    )
+    matrix = params["embedding" if config.tie_embeddings else "unembedding"].astype(config.dtype)
+    matrix = config.constrain_fn(matrix, VOCABULARY)  # what travels is rounded first
+    logits = jnp.einsum("...d,vd->...v", hidden.astype(config.dtype), matrix, preferred_element_type=jnp.float32)
     return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
@@ -338,7 +338,7 @@ def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -
 
 
 def _embed(params: Params, config: TransformerConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    x = config.constrain_fn(params["embedding"], VOCABULARY)[tokens].astype(config.dtype)
+    x = config.constrain_fn(params["embedding"][tokens].astype(config.dtype), LOOKUP)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, config.dtype)
     if config.num_positions:

@@ -30,6 +30,7 @@ DEFAULT_RULES: Rules = {
     "mlp": "tensor",
     "expert": "expert",
     "batch": BATCH_AXES,
+    "lookup": "data",
     "length": COLUMN_AXIS,
 }
 
