@@ -36,11 +36,22 @@ class CausalModel(NamedTuple):
         appends the new tokens to what the cache holds and attends to all of it.
     `unembed(params, hidden [..., D]) -> logits [..., V]`
     `init_cache(batch_size, max_length) -> cache`
+
+    Two more make sampling faster; a model without them (None) is served by repeating its prompts.
+
+    `fork_cache(cache, num_branches, max_length) -> cache`
+        Rows `b * num_branches` to `(b + 1) * num_branches - 1` go on from row b, whose past is held once; each has room for
+        `max_length` tokens more.
+    `refill_cache(cache, rows [R], fresh) -> cache`
+        Row `rows[r]` forgets what it holds and goes on from row r of `fresh`, a full cache; a row beyond the last is left
+        out. From then on one token at a time is appended, and the columns are a ring: the oldest are overwritten.
     """
 
     hidden: Callable[..., tuple[Float[Array, "B T D"], Cache]]
     unembed: Callable[[Params, Float[Array, "... D"]], Float[Array, "... V"]]
     init_cache: Callable[[int, int], Cache]
+    fork_cache: Callable[[Cache, int, int], Cache] | None = None
+    refill_cache: Callable[[Cache, Int[Array, "R"], Cache], Cache] | None = None
 
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Float[Array, ""], Float[Array, ""], WeightedMetrics]]

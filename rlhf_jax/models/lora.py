@@ -173,10 +173,8 @@ def lora_model(model: CausalModel, *, scale: float | jax.Array) -> CausalModel:
         base = jax.lax.stop_gradient(params["base"])
         return model.hidden(attach(base, params["adapter"], scale=scale), tokens, positions, segment_ids, cache)
 
-    return CausalModel(
-        hidden=hidden,
-        unembed=lambda params, states: model.unembed(jax.lax.stop_gradient(params["base"]), states),
-        init_cache=model.init_cache,
+    return model._replace(
+        hidden=hidden, unembed=lambda params, states: model.unembed(jax.lax.stop_gradient(params["base"]), states)
     )
 
 
@@ -202,10 +200,8 @@ def adapter_model(model: CausalModel, base: Params, *, scale: float | jax.Array)
     def hidden(adapter, tokens, positions, segment_ids, cache=None):
         return both.hidden({"base": base, "adapter": adapter}, tokens, positions, segment_ids, cache)
 
-    return CausalModel(
-        hidden=hidden,
-        unembed=lambda adapter, states: both.unembed({"base": base, "adapter": adapter}, states),
-        init_cache=model.init_cache,
+    return model._replace(
+        hidden=hidden, unembed=lambda adapter, states: both.unembed({"base": base, "adapter": adapter}, states)
     )
 
 
