@@ -81,6 +81,7 @@ from rlhf_jax.functional.reward_losses import (
 )
 from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos, subtract_overlong
 from rlhf_jax.generation.best_of_n import best_of_n
+from rlhf_jax.generation.continuous import generate_continuously
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
 from rlhf_jax.models.experts import experts_on
@@ -250,6 +251,7 @@ __all__ = [
     "fit_temperature",
     "gae",
     "generate",
+    "generate_continuously",
     "group_relative",
     "gspo_loss",
     "head_specs",

@@ -40,12 +40,23 @@ class CausalModel(NamedTuple):
     `logits_chunk`: tokens, over all rows, whose logits a loss or a scoring makes at a time; None = all at once. With it
     nothing as large as `[B, T, V]` is ever in memory, forward or backward, and the results are the same to rounding (see
     `chunked_token_laws`). Of any model: `model._replace(logits_chunk=1024)`.
+
+    Two more make sampling faster; a model without them (None) is served by repeating its prompts.
+
+    `fork_cache(cache, num_branches, max_length) -> cache`
+        Rows `b * num_branches` to `(b + 1) * num_branches - 1` go on from row b, whose past is held once; each has room for
+        `max_length` tokens more.
+    `refill_cache(cache, rows [R], fresh) -> cache`
+        Row `rows[r]` forgets what it holds and goes on from row r of `fresh`, a full cache; a row beyond the last is left
+        out. From then on one token at a time is appended, and the columns are a ring: the oldest are overwritten.
     """
 
     hidden: Callable[..., tuple[Float[Array, "B T D"], Cache]]
     unembed: Callable[[Params, Float[Array, "... D"]], Float[Array, "... V"]]
     init_cache: Callable[[int, int], Cache]
     logits_chunk: int | None = None
+    fork_cache: Callable[[Cache, int, int], Cache] | None = None
+    refill_cache: Callable[[Cache, Int[Array, "R"], Cache], Cache] | None = None
 
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Float[Array, ""], Float[Array, ""], WeightedMetrics]]

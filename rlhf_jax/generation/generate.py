@@ -23,6 +23,23 @@ class _Loop(NamedTuple):
     cache: Cache
 
 
+def _prefill(
+    model: CausalModel, params: Params, prompts: PromptBatch, num_samples: int, max_new_tokens: int
+) -> tuple[Cache, jax.Array]:
+    """A cache of `B * K` rows with room for the completions, and the logits `[B * K, V]` of their first tokens."""
+    shared = num_samples > 1 and model.fork_cache is not None
+    if not shared:
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prompts)
+    num_rows, prompt_length = prompts.tokens.shape
+    cache = model.init_cache(num_rows, prompt_length if shared else prompt_length + max_new_tokens)
+    segments = prompts.mask.astype(jnp.int32)
+    hidden, cache = model.hidden(params, prompts.tokens, positions_from_segments(segments), segments, cache)
+    logits = model.unembed(params, hidden[:, -1])
+    if not shared:
+        return cache, logits
+    return model.fork_cache(cache, num_samples, max_new_tokens), jnp.repeat(logits, num_samples, axis=0)
+
+
 def generate(
     model: CausalModel,
     params: Params,
@@ -49,7 +66,8 @@ def generate(
       eos_id: ends a row. It is part of the completion. None: rows end at their limit only.
       pad_id: fills the columns after the end. Masks come from lengths, so it may equal `eos_id`.
       temperature, top_k, top_p: see `sample_token`. Policy-gradient rollouts leave the filters off.
-      samples_per_prompt: K; row `b * K + k` of the result is sample k of prompt b.
+      samples_per_prompt: K; row `b * K + k` of the result is sample k of prompt b. A model that can fork its cache runs
+        over each prompt once and holds it once.
       row_limits: `[B * K]` or None; most new tokens of each row, 1..N.
 
     Returns:
@@ -57,6 +75,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    cache, logits = _prefill(model, params, prompts, samples_per_prompt, max_new_tokens)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, samples_per_prompt, axis=0), prompts)
     num_rows, prompt_length = prompts.tokens.shape
     limits = jnp.full((num_rows,), max_new_tokens) if row_limits is None else row_limits
@@ -88,9 +107,6 @@ def generate(
         hidden, cache = model.hidden(params, loop.last[:, None], positions, segments, loop.cache)
         return write(loop, *sample(model.unembed(params, hidden[:, -1]), loop.step), cache)
 
-    cache = model.init_cache(num_rows, prompt_length + max_new_tokens)
-    positions = positions_from_segments(prompt_segments)
-    hidden, cache = model.hidden(params, prompts.tokens, positions, prompt_segments, cache)
     loop = _Loop(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((num_rows, max_new_tokens), pad_id, prompts.tokens.dtype),
@@ -101,7 +117,7 @@ def generate(
         stopped=jnp.zeros((num_rows,), bool),
         cache=cache,
     )
-    loop = write(loop, *sample(model.unembed(params, hidden[:, -1]), loop.step), cache)
+    loop = write(loop, *sample(logits, loop.step), cache)
     loop = jax.lax.while_loop(lambda x: (x.step < max_new_tokens) & ~jnp.all(x.stopped), decode, loop)
     no_prompt = jnp.zeros((num_rows, prompt_length))
     return Generation(

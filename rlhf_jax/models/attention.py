@@ -54,8 +54,12 @@ def causal_mask(query_segments: jax.Array, key_segments: jax.Array, start: jax.A
 
 
 def distances(num_queries: int, num_keys: int, start: jax.Array) -> jax.Array:
-    """`[T, S]`: how many columns the key lies before the query. A sliding window of w keeps those below w."""
-    return start + jnp.arange(num_queries)[:, None] - jnp.arange(num_keys)[None, :]
+    """`[T, S]`: how many columns the key lies before the query. A sliding window of w keeps those below w.
+
+    Of a single query no key can come after it: what stands in later columns of a ring is older, by one turn.
+    """
+    behind = start + jnp.arange(num_queries)[:, None] - jnp.arange(num_keys)[None, :]
+    return jnp.where(behind < 0, behind + num_keys, behind) if num_queries == 1 else behind
 
 
 def sights(
@@ -70,7 +74,7 @@ def sights(
       windows: of every kind of layer.
     """
     mask = causal_mask(query_segments, key_segments, start)
-    widths = jnp.asarray([mask.shape[-1] if window is None else window for window in windows])
+    widths = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in windows])
     behind = distances(mask.shape[2], mask.shape[3], start)
 
     def sight(kind: jax.Array) -> Sight:
@@ -93,6 +97,49 @@ def plain_attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bgnts,bsgc->btgnc", weights, value)
     return attended.reshape(*attended.shape[:2], heads, attended.shape[4])
+
+
+def forked_attention(
+    query: jax.Array,
+    past: tuple[jax.Array, jax.Array, Sight],
+    own: tuple[jax.Array, jax.Array, Sight],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`plain_attention` over the keys that K rows share and then each row's own: one softmax over both parts.
+
+    The K rows of a past are queries of one product with it, so that it is read once and held once.
+
+    Args:
+      query: `[B * K, T, N, C]`; rows of one past are neighbours.
+      past: keys `[B, P, G, C]`, values, and what each of the `B * K` rows sees of them.
+      own: keys `[B * K, S, G, C]`, values, and what is seen of them.
+      scale, softcap: of the logits.
+    """
+    num_rows, length, heads, width = query.shape
+    num_pasts, num_shared, groups, _ = past[0].shape
+    branches, per_group = num_rows // num_pasts, heads // groups
+    query = query.reshape(num_pasts, branches, length, groups, per_group, width)
+    logits = [
+        jnp.einsum("bktgnc,bpgc->bkgntp", query, past[0], preferred_element_type=jnp.float32),
+        jnp.einsum(
+            "bktgnc,bksgc->bkgnts",
+            query,
+            own[0].reshape(num_pasts, branches, *own[0].shape[1:]),
+            preferred_element_type=jnp.float32,
+        ),
+    ]
+    mask = jnp.concatenate([past[2].mask, own[2].mask], axis=-1).reshape(num_pasts, branches, 1, 1, length, -1)
+    logits = scale * jnp.concatenate(logits, axis=-1)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(query.dtype)
+    of_past, of_own = weights[..., :num_shared], weights[..., num_shared:]
+    attended = jnp.einsum("bkgntp,bpgc->bktgnc", of_past, past[1]) + jnp.einsum(
+        "bkgnts,bksgc->bktgnc", of_own, own[1].reshape(num_pasts, branches, *own[1].shape[1:])
+    )
+    return attended.reshape(num_rows, length, heads, width)
 
 
 def xla_attention(

@@ -14,10 +14,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from rlhf_jax.models.attention import AttentionFn, sights, xla_attention
+from rlhf_jax.models.attention import AttentionFn, forked_attention, sights, xla_attention
 from rlhf_jax.models.experts import ExpertsFn, routed_mlp
+from rlhf_jax.models.kv_cache import KVCache, fork_cache, refill_cache
+from rlhf_jax.models.norms import layer_norm, rms_norm
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
@@ -26,8 +27,8 @@ PLAIN_ROPE = Rope()
 
 STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
-CACHE = ("layers", "batch", None, "kv_heads", "head_dim")
-"""Of the cached keys and values, `[L, B, S, G, C]`."""
+CACHE = ("layers", "batch", "kv_heads", None, "head_dim")
+"""Of the cached keys and values, `[L, B, G, S, C]`."""
 LOOKUP = ("lookup", "length", "embed")  # of rows of the embedding where they are found, before they move to `STREAM`
 VOCABULARY = ("vocab", None)
 """Of the output matrix where it is used: whole rows."""
@@ -144,16 +145,6 @@ def for_length(config: TransformerConfig, length: int) -> TransformerConfig:
     return dataclasses.replace(config, kinds=tuple(map(at_length, config.kinds)))
 
 
-@struct.dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far. Every row is written at the same column."""
-
-    keys: jax.Array  # [L, B, S, G, C]
-    values: jax.Array  # [L, B, S, G, C]
-    segment_ids: jax.Array  # [B, S], 0 where nothing (or padding) is stored
-    length: jax.Array  # [], columns written
-
-
 def param_specs(config: TransformerConfig) -> Specs:
     """Every array of the model with its shape, logical axes and initialiser.
 
@@ -233,7 +224,7 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 
 def init_cache(config: TransformerConfig, batch_size: int, max_length: int) -> KVCache:
     """An empty cache with room for `max_length` tokens a row."""
-    shape = (config.num_layers, batch_size, max_length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
     return KVCache(
         keys=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
         values=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
@@ -258,7 +249,8 @@ def hidden(
       tokens: `[B, T]`, ids below `vocab_size` (checked on the host, see `data.batching.check_token_ids`).
       positions: `[B, T]`, the place of each token inside its own sequence.
       segment_ids: `[B, T]`, 0 = padding. A token sees the tokens before it that share its id.
-      cache: None, or a cache with at least T free columns. The new tokens follow the ones it holds.
+      cache: None, or a cache with at least T free columns (one token may also take the oldest column's place). The new
+        tokens follow the ones it holds.
 
     Returns:
       `[B, T, D]` float32 and the cache with the T tokens appended (None if none was given).
@@ -267,17 +259,21 @@ def hidden(
         raise ValueError(
             f"tokens {tokens.shape}, positions {positions.shape} and segment_ids {segment_ids.shape} must agree"
         )
-    start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-    key_segments = segment_ids
+    start, key_segments, windows = jnp.zeros((), jnp.int32), segment_ids, tuple(kind.window for kind in config.kinds)
+    past, sight_of_past = None if cache is None else cache.past, None
     if cache is not None:
+        start = cache.length % cache.segment_ids.shape[1]
         key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
-    sight = sights(segment_ids, key_segments, start, tuple(kind.window for kind in config.kinds))
+    if past is not None:
+        past_segments = jnp.repeat(past.segment_ids, segment_ids.shape[0] // past.segment_ids.shape[0], axis=0)
+        sight_of_past = sights(segment_ids, past_segments, past.length + cache.length, windows)
+    sight = sights(segment_ids, key_segments, start, windows)
     turn = _rotation_by_kind(config, positions)
 
     def layer(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
         x, keys, values = carry
-        weights, index, kind = scanned
-        inputs = (turn(kind), sight(kind))
+        weights, index, kind, past = scanned
+        inputs = (turn(kind), sight(kind), None if past is None else (*past, sight_of_past(kind)))
         x, keys, values = _block(weights, config, x, inputs, keys, values, (index, start))
         x = config.constrain_fn(x, STREAM)
         return (x, keys, values), None
@@ -289,10 +285,15 @@ def hidden(
         *((None, None) if cache is None else (cache.keys, cache.values)),
     )
     kinds = jnp.asarray(config.layer_kinds or (0,) * config.num_layers, jnp.int32)
-    scanned = (params["layers"], jnp.arange(config.num_layers), kinds)
+    scanned = (
+        params["layers"],
+        jnp.arange(config.num_layers),
+        kinds,
+        None if past is None else (past.keys, past.values),
+    )
     (x, keys, values), _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
     x = _norm(config, params, "final_norm", x.astype(jnp.float32))
-    return x, None if cache is None else KVCache(keys, values, key_segments, start + tokens.shape[1])
+    return x, None if cache is None else KVCache(keys, values, key_segments, cache.length + tokens.shape[1], past)
 
 
 def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax.Array:
@@ -314,21 +315,9 @@ def causal_model(config: TransformerConfig) -> CausalModel:
         unembed=lambda params, states: unembed(params, config, states),
         init_cache=partial(init_cache, config),
         logits_chunk=config.logits_chunk,
+        fork_cache=fork_cache,
+        refill_cache=refill_cache,
     )
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x²) + eps) * scale` over the dimensions of `scale`, in float32, returned in x's dtype."""
-    x32, axes = x.astype(jnp.float32), tuple(range(x.ndim - scale.ndim, x.ndim))
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
-    return (normed * jnp.expand_dims(scale, range(x.ndim - scale.ndim))).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32, returned in x's dtype."""
-    x32, leading = x.astype(jnp.float32), range(x.ndim - 1)
-    normed = jax.nn.standardize(x32, axis=-1, epsilon=eps)
-    return (normed * jnp.expand_dims(scale, leading) + jnp.expand_dims(bias, leading)).astype(x.dtype)
 
 
 def _norm(config: TransformerConfig, weights: Params, name: str, x: jax.Array) -> jax.Array:
@@ -382,7 +371,7 @@ def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _attention(weights, config, h, layer_inputs, keys, values, at):
-    turn, sight = layer_inputs
+    turn, sight, past = layer_inputs
 
     def heads(name: str) -> jax.Array:
         projected = _product("btd,dnc->btnc", h, weights[name])
@@ -396,12 +385,19 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
     query, key, value = heads("query"), heads("key"), heads("value")
     if keys is not None:
         index, start = at
-        keys = jax.lax.dynamic_update_slice(keys, key[None], (index, 0, start, 0, 0))
-        values = jax.lax.dynamic_update_slice(values, value[None], (index, 0, start, 0, 0))
-        key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-        value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+        at = (index, 0, 0, start, 0)
+        keys = jax.lax.dynamic_update_slice(keys, jnp.swapaxes(key, 1, 2)[None], at)
+        values = jax.lax.dynamic_update_slice(values, jnp.swapaxes(value, 1, 2)[None], at)
+        key = jnp.swapaxes(jax.lax.dynamic_index_in_dim(keys, index, keepdims=False), 1, 2)
+        value = jnp.swapaxes(jax.lax.dynamic_index_in_dim(values, index, keepdims=False), 1, 2)
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-    attended = config.attention_fn(query, key, value, sight, scale=scale, softcap=config.attention_softcap)
+    options = {"scale": scale, "softcap": config.attention_softcap}
+    if past is None:
+        attended = config.attention_fn(query, key, value, sight, **options)
+    else:
+        *shared, sight_of_past = past
+        shared = [jnp.swapaxes(x, 1, 2) for x in shared]
+        attended = forked_attention(query, (*shared, sight_of_past), (key, value, sight), **options)
     update = _product("btnc,ncd->btd", attended, weights["out"])
     return _add_bias(update, weights["out_bias"]) if config.out_bias else update, keys, values
 

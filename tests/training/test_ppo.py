@@ -14,6 +14,7 @@ from training.pieces import SIZES, fresh_state, parts
 
 from rlhf_jax.functional.aggregation import sequence_mean
 from rlhf_jax.functional.policy_losses import clipped_policy_loss
+from rlhf_jax.generation.continuous import generate_continuously
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import PolicyBatch, actor_critic, policy_gradient, separate_critic, shared_critic
@@ -294,3 +295,15 @@ def test_any_flax_module_runs_the_whole_iteration(case):
     assert float(metrics["policy/first_approxkl"]) < 1e-6
     assert abs(float(metrics["objective/kl"])) < 1e-4
     assert float(metrics["grad/norm"]) > 0
+
+
+def test_refilled_slots_are_on_policy():
+    """The sampler with a queue in the place of `generate`: a whole iteration's first step has ratio 1."""
+    _, *others = parts(num_epochs=1, num_minibatches=1)
+    options = {"max_new_tokens": NEW, "eos_id": tiny.EOS, "pad_id": tiny.PAD, "num_slots": 3}
+    sample = partial(generate_continuously, tiny.MODEL, **options)
+    batch = PPOBatch(tiny.prompts(SIZES))
+    iteration = jax.jit(make_ppo_iteration(sample, *others))
+    _, metrics = iteration(tiny.init_frozen(), fresh_state(), batch, jax.random.key(0))
+    assert abs(float(metrics["val/ratio"]) - 1.0) < 1e-5
+    assert float(metrics["policy/first_approxkl"]) < 1e-6
