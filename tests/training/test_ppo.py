@@ -10,7 +10,7 @@ import optax
 import pytest
 import tiny
 from flax import nnx
-from training.pieces import SIZES, fresh_state, parts
+from training.pieces import NEW, SIZES, fresh_state, parts
 
 from rlhf_jax.functional.aggregation import sequence_mean
 from rlhf_jax.functional.policy_losses import clipped_policy_loss
