@@ -4,7 +4,7 @@
 
 Prints one JSON line a measurement. Memory is the compiler's count of a step's temporaries (`memory_analysis`) for the value and
 gradient of the SFT objective, so nothing as large is run; seconds are medians of steps taken in turns, and what counts is
-the ratio. Two CPU cores, about five minutes; other work on the machine blurs the ratios.
+the ratio. Ten minutes of CPU time; other work on the machine blurs the ratios.
 """
 
 import argparse
