@@ -7,7 +7,6 @@
 (1) supervised fine-tuning on chosen replies, (2) a helpful and a harmless reward model on half of the comparisons,
 and two judges on the other half, (3) PPO towards `w z(helpful) + (1 - w) z(harmless)` until the KL target is reached,
 and what must hold or fail beside it: PPO-ptx, a stiff leash, reward models that learned shuffled labels. Deviations
-import kept_reward
 from the paper: a network of 0.4 million parameters from random weights, reward models that are heads on its averaged
 features, the last human turn as prompt, the first tokens of the reply. The numbers are in `hh_config.py`, the data in
 `hh_data.py`, acts 2 and 3 in `hh_rewards.py` and `hh_rl.py`, what is said about them in `hh_report.py`.
@@ -23,6 +22,7 @@ import hh_report
 import hh_rewards
 import hh_rl
 import jax
+import kept_reward
 import numpy as np
 import sampling
 import sft

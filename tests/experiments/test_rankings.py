@@ -20,6 +20,7 @@ from rlhf_jax.functional import first_choice_loss
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import read_json_lines
 from rlhf_jax.training.ensembles import average_members
+from rlhf_jax.types import RankingBatch
 
 NETWORK = SFTConfig(model_dim=16, num_heads=2, mlp_dim=16, num_layers=1)
 
@@ -74,7 +75,7 @@ def test_accuracies_are_shares_of_ordered_pairs(run, monkeypatch):
     raw = np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32)
     ranks, mask = np.array([[0, 1, 1], [2, 0, 1], [0, 0, 0], [1, 0, 0]]), np.ones((4, 3), bool)
     mask[3, 2] = False
-    data = reward_model.RankingBatch(np.zeros((4, 3, 5), np.int32), np.ones((4, 3, 5), np.int32), None, ranks, mask)
+    data = RankingBatch(np.zeros((4, 3, 5), np.int32), np.ones((4, 3, 5), np.int32), None, ranks, mask)
     monkeypatch.setattr(reward_ensemble, "member_scores", lambda network, params, *rows: raw)
     monkeypatch.setattr(reward_ensemble, "score_rows", lambda network, params, *rows: -params["x"][0] * raw[0])
     moments = (np.array([0.5, -1.0]), np.array([1.0, 9.0]))

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_every_alarm_hears_a_metric_that_is_logged():
-    """By the objectives, the rollouts, or the rows that `experiments/evaluate.py` writes."""
-    paths = [*(ROOT / "rlhf_jax").rglob("*.py"), ROOT / "experiments" / "evaluate.py"]
+    """By the objectives, the rollouts, or the rows that `experiments/evaluation.py` makes."""
+    paths = [*(ROOT / "rlhf_jax").rglob("*.py"), ROOT / "experiments" / "evaluation.py"]
     logged = "".join(path.read_text("utf-8") for path in paths if not path.name.startswith("alarms"))
     for alarm in (*ALARMS, *SCORED_ALARMS):
         options = [option.default for option in inspect.signature(alarm).parameters.values()]
