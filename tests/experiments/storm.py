@@ -1,4 +1,4 @@
-"""A kill storm over the three scripts: `python storm.py FOLDER --kills 100`, 100 SIGKILLs for each act.
+"""A kill storm over the three scripts: `python storm.py FOLDER --kills 100` kills each act 100 times, and at each named point once.
 
 Every attempt is a process of its own, forked from this one, which has imported everything and computed nothing. It is killed
 at a random moment of its life, then the same command goes on with `--resume`. A chain of kills ends when an attempt outruns
@@ -18,11 +18,23 @@ from pathlib import Path
 
 from small_act import ACTS, outcome, play
 
+from rlhf_jax.runtime import faults
 from rlhf_jax.runtime.runs import write_json
 
+POINTS = (
+    "before_update",
+    "after_update",
+    "log_write",
+    "before_save",
+    "mid_save",
+    "before_commit",
+    "after_commit",
+    "mid_prune",
+)
 
-def attempt(act, run, *, resume, kill_after=None):
-    """Seconds that it lived, and whether the kill came before its end."""
+
+def attempt(act, run, *, resume, kill_after=None, fault=""):
+    """Seconds that it lived, and whether the kill, or that of the fault, came before its end."""
     begin = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -31,7 +43,8 @@ def attempt(act, run, *, resume, kill_after=None):
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             try:
-                play(act, run, resume)
+                with faults.injected(fault):
+                    play(act, run, resume)
                 code = 0
             finally:
                 if code:
@@ -63,9 +76,18 @@ def storm(folder, act, kills, rng):
     attempt(act, untouched, resume=False)  # compiles
     fresh(untouched)
     lifetime, _ = attempt(act, untouched, resume=False)
-    expected, found = outcome(untouched, act), {"kills": 0, "chains": 0, "equal": 0}
+    expected, found = outcome(untouched, act), {"points": 0, "equal_points": 0, "kills": 0, "chains": 0, "equal": 0}
     if len(expected[1]) < 30:
         raise SystemExit(f"{act}: only {len(expected[1])} steps, nothing to kill")
+    for point in POINTS:
+        run = folder / f"{act}_{point}"
+        fresh(run)
+        _, killed = attempt(act, run, resume=False, fault=f"{point}@2=kill9")
+        attempt(act, run, resume=True)
+        found["points"] += killed
+        found["equal_points"] += killed and outcome(run, act) == expected
+        print(act, point, found, flush=True)
+        shutil.rmtree(run)
     while found["kills"] < kills:
         run = folder / f"{act}_{found['chains']}"
         fresh(run)
@@ -94,8 +116,8 @@ def main(folder, kills, seed):
     rng = random.Random(seed)
     found = {act: storm(folder, act, kills, rng) for act in ACTS}
     write_json(folder / "storm.json", found)
-    total = sum(one["kills"] for one in found.values())
-    equal = all(one["equal"] == one["chains"] for one in found.values())
+    total = sum(one["kills"] + one["points"] for one in found.values())
+    equal = all(one["equal"] == one["chains"] and one["equal_points"] == len(POINTS) for one in found.values())
     print(f"{total} kills, {sum(one['chains'] for one in found.values())} chains, all ends equal: {equal}", flush=True)
     return 0 if equal else 1
 
