@@ -1,4 +1,4 @@
-"""A kill storm over the three scripts: `python storm.py FOLDER --kills 100` kills each of them 100 times, and at every named point.
+"""A kill storm over the three scripts: `python storm.py FOLDER --kills 100`: 100 kills for each, and one at every named point.
 
 Every attempt is a process of its own, forked from this one, which has imported everything and computed nothing. It is killed
 at a random moment of its life, then the same command goes on with `--resume`. A chain of kills ends when an attempt outruns
