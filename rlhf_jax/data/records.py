@@ -153,7 +153,7 @@ def sift(
     counts = {"read": 0, "duplicates": 0}
     kept: list[Record] = []
     seen: set[Hashable] = set()
-    ids: set[str] = set()
+    ids: dict[str, int] = {}
     for record in records:
         counts["read"] += 1
         if isinstance(record, Dropped):
@@ -162,11 +162,12 @@ def sift(
             counts["duplicates"] += 1
         elif record.id in ids:
             raise DataError(
-                f"{where}: id {record.id!r} names two different records; no record was used; fix: give each its own id"
+                f"{where}: id {record.id!r} names two different records, the {ids[record.id]}. and the {counts['read']}.; no "
+                "record was used; fix: give each its own id"
             )
         else:
             seen.add(key)
-            ids.add(record.id)
+            ids[record.id] = counts["read"]
             kept.append(record)
     report = DataReport(kept=len(kept), **counts)
     if not kept:
