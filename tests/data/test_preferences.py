@@ -132,7 +132,9 @@ def test_refused_fields_name_line_field_and_fix(tmp_path, record, what, fix):
 
 
 def test_one_id_for_two_records_and_nothing_usable_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"prefs\.jsonl: id 'p/0' names two different records, the 1\. and the 2\.; .*fix: give each"):
+    with pytest.raises(
+        DataError, match=r"prefs\.jsonl: id 'p/0' names two different records, the 1\. and the 2\.; .*fix"
+    ):
         read_preferences(write(tmp_path, pair(), pair(chosen="four")))
     with pytest.raises(DataError, match=r"no usable record \(0 of 1 kept; dropped: 1 empty responses\); fix:"):
         read_preferences(write(tmp_path, pair(chosen="")))
