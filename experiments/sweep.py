@@ -74,7 +74,7 @@ def make_steps(config: Config, network: rl.TransformerConfig, eos_id: int, pad_i
     Coefficients are arrays `[S]`, states lead with `[S, R]`, batches and keys with `[R]`.
     """
 
-    def alone(coefficients: dict[str, jax.Array]):
+    def run_of(coefficients: dict[str, jax.Array]):
         chosen = {name: coefficients[name] for name in ("learning_rate", "clip")}
         settings = dataclasses.replace(config.ppo, **chosen)
         return ppo.make_iteration(settings, config, network, network, eos_id, pad_id)
@@ -83,10 +83,10 @@ def make_steps(config: Config, network: rl.TransformerConfig, eos_id: int, pad_i
         critic = {"head": init_value_head(network.model_dim)}
         if config.ppo.separate_critic:
             critic = critic_from_trunk(trunk, network.model_dim)
-        return rl.init_ppo_state(policy, critic, alone(coefficients)[0], kl_coef=coefficients["kl_coef"])
+        return rl.init_ppo_state(policy, critic, run_of(coefficients)[0], kl_coef=coefficients["kl_coef"])
 
     def step(frozen, coefficients: dict[str, jax.Array], state: rl.PPOState, batch: rl.PPOBatch, key: jax.Array):
-        return alone(coefficients)[1](frozen, state, batch, key)
+        return run_of(coefficients)[1](frozen, state, batch, key)
 
     over_seeds = jax.vmap(init, in_axes=(None, None, None, 0)), jax.vmap(step, in_axes=(None, None, 0, 0, 0))
     over_settings = (
@@ -190,8 +190,8 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
     frozen = rl.Frozen(policy, params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
     policies, rows = train(config, network, tokenizer, frozen, prompts)
-    judged = judge(config, tokenizer, answers.Model(network, policy), policies)
     write_json_lines(config.run / "sweep.jsonl", rows)
+    judged = judge(config, tokenizer, answers.Model(network, policy), policies)
     write_json(config.run / "sweep.json", {"settings": settings_of(config), "judged": judged})
     title = f"{config.num_seeds} seeds, {len(prompts.tokens)} prompts"
     panels = list(LOGGED.items())
