@@ -26,7 +26,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import note_command, refuse_processes, timed
+from acts import note_command, policy_keeper, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -99,6 +99,8 @@ def play_ppo(
     if config.ppo.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
     options = {"seed": config.seed, "keep": task.keeper(config), "demonstrations": demonstrations, "stage": stage}
+    if stage == "ppo":
+        options["keep_policy"] = policy_keeper(run, stage, tokenizer, every=config.ppo.policy_every)
     params, _ = ppo.train(config.ppo, config, network, tokenizer, frozen, prompts, **options)
     checkpoint.save((save_to or run) / "ppo", 0, params, notes={"tokenizer": tokenizer.fingerprint})
     forget(run, stage)

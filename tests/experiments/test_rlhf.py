@@ -47,7 +47,9 @@ def config(tmp_path_factory):
         num_shuffled=1,
         sft=network,
         reward=RewardModelConfig(num_epochs=1, batch_size=8),
-        ppo=PPOConfig(num_iterations=2, batch_size=8, num_epochs=1, num_minibatches=2, kl_horizon=100.0),
+        ppo=PPOConfig(
+            num_iterations=2, batch_size=8, num_epochs=1, num_minibatches=2, kl_horizon=100.0, policy_every=2
+        ),
     )
     patch.undo()
 
@@ -86,6 +88,7 @@ def test_every_figure_follows_from_the_samples(config, result):
 
 
 def test_metrics_are_complete(config, result):
+    assert checkpoint.latest_step(config.run / "ppo_steps") == 2
     rows = list(read_json_lines(config.run / "metrics.jsonl"))
     assert [row["step"] for row in rows if row["stage"] == "ppo"] == [0, 1]
     assert all({"tokens_per_second", "objective/kl"} <= set(row) for row in rows if row["stage"] == "ppo")
