@@ -5,6 +5,7 @@ matrices, so that a process lives for three seconds. Writes `final.bin` (the las
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from rlhf_jax.training.train_step import init_train_state, make_train_step
 ROWS, LENGTH, VOCAB, WIDTH, SEED = 40, 8, 11, 6, 3
 HEARTBEAT = 10
 """Seconds; of two processes."""
+YEAR = 365 * 24 * 3600
 
 
 def objective(params, batch):
@@ -43,6 +45,12 @@ def raising_sink(step, values):
     raise LookupError(f"no tracker at step {step}")
 
 
+def jumping(clock, year):
+    """`clock` as it is when somebody sets it a year back and forward again, all the time."""
+    readings = itertools.count()
+    return lambda: clock() - next(readings) % 2 * year
+
+
 def main(argv):
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
@@ -51,10 +59,13 @@ def main(argv):
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--for-good", type=int)
     parser.add_argument("--sink", action="store_true")
+    parser.add_argument("--jumping-clock", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int, default=0)
     parser.add_argument("--devices", type=int, default=1, help="of this process")
     args = parser.parse_args(argv)
+    if args.jumping_clock:
+        time.time, time.time_ns = jumping(time.time, YEAR), jumping(time.time_ns, YEAR * 10**9)
     jax.config.update("jax_num_cpu_devices", args.devices)
     flags = (args.coordinator, 2, args.process_id) if args.coordinator else ()
     with joined(args.run, Processes(False, *flags, heartbeat=HEARTBEAT)):

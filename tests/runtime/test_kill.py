@@ -166,6 +166,24 @@ def test_a_logger_that_raises_changes_nothing(tmp_path, untouched):
     assert err.count("raising_sink failed at 24 of 24 steps; metrics.jsonl is complete") == 1
 
 
+def test_a_clock_that_jumps_changes_nothing(tmp_path, untouched):
+    """Neither the clock nor the times of files: steps follow their numbers, durations a clock that nobody can set."""
+    code, _, err = play(tmp_path, "--jumping-clock", faults="before_commit@4=kill9")
+    assert code == -signal.SIGKILL, err
+    folder = tmp_path / "state" / "sft"
+    kept = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    assert kept == [6, 9]
+    for step in kept:
+        for path in [*(folder / str(step)).rglob("*"), folder / str(step)]:
+            os.utime(path, (-step, -step))
+    code, _, err = play(tmp_path, "--jumping-clock")
+    assert code == 0, err
+    assert "sft: resumed after 9 steps" in err
+    assert outcome(tmp_path) == outcome(untouched)
+    seconds = [row["seconds"] for row in read_json_lines(tmp_path / "metrics.jsonl")]
+    assert all(0 <= second < 600 for second in seconds)
+
+
 def test_a_full_disk_and_a_damaged_step_cost_only_time(tmp_path, untouched):
     code, _, err = play(tmp_path, faults="before_commit@3=enospc")
     assert code == 1
