@@ -29,6 +29,8 @@ from rlhf_jax.runtime.processes import is_first, meet
 from rlhf_jax.runtime.record import DamagedCheckpointError, read_record, write_record
 
 _PARTIAL = ".partial"
+_PATIENCE = ocp.AsyncOptions(timeout_secs=10**9, create_directories_asynchronously=False)
+"""Orbax measures deadlines with a clock that can be set: a jump must not fail a save. A real hang is told by the watchdog."""
 
 
 class Writer(NamedTuple):
@@ -79,7 +81,7 @@ def writer(folder: Path, *, keep: int = 2, for_good: int | None = None, sync: Se
         raise ValueError(f"keep {keep}: at least two steps stay, so that one damaged step is not the end; fix: keep=2")
     folder = Path(folder).resolve()
     pending: list[Future] = []
-    arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    arrays = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=_PATIENCE)
 
     def wait() -> None:
         while pending:
@@ -248,7 +250,7 @@ def _commit(
     except (OSError, ValueError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         full = errno.ENOSPC if "RESOURCE_EXHAUSTED" in str(error) else errno.EIO
-        code = error.errno if isinstance(error, OSError) else full
+        code = getattr(error, "errno", None) or full
         raise OSError(code, f"step {step} was not saved in {folder}: {error}; {_kept(folder)}") from error
     faults.hit("after_commit")
     prune()
