@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rlhf_jax.data.padding import best_fit
 from rlhf_jax.data.records import (
     Demonstration,
     Preference,
@@ -101,23 +102,13 @@ def packed_demonstration_batch(
 ) -> SequenceBatch:
     """Several examples a row, told apart by `segment_ids` 1, 2, 3, ...: fewer rows and little padding.
 
-    Longest first, each into the row with the least room that still holds it (best-fit decreasing). Every token is
-    computed as if its example stood alone, so the loss is the one of `demonstration_batch`. Raises as that does.
+    Rows are filled by `best_fit`. Every token is computed as if its example stood alone, so the loss is the one of
+    `demonstration_batch`. Raises as that does.
     """
     for row, (prompt, response) in enumerate(examples):
         _check_fits(len(prompt), len(response), length, f"example {row}")
     sizes = [len(prompt) + len(response) for prompt, response in examples]
-    rows: list[list[TokenizedDemonstration]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # room left -> rows
-    for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):
-        room = next((room for room in range(sizes[i], length + 1) if with_room[room]), None)
-        if room is None:
-            rows.append([])
-            room, row = length, len(rows) - 1
-        else:
-            row = with_room[room].pop()
-        rows[row].append(examples[i])
-        with_room[room - sizes[i]].append(row)
+    rows = [[examples[i] for i in row] for row in best_fit(sizes, length)]
     flat = [[token for example in row for ids in example for token in ids] for row in rows]
     tokens = _padded(flat, length, pad_id, vocab_size)
     segment_ids = np.zeros(tokens.shape, np.int32)
