@@ -119,8 +119,8 @@ def generate(
         cache=cache,
     )
     loop = write(loop, *sample(logits, loop.step), cache)
-    more = lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.stopped)
-    loop = jax.lax.while_loop(more, hoist(decode, loop), loop)
+    decode = hoist(decode, loop)
+    loop = jax.lax.while_loop(lambda x: (x.step < max_new_tokens) & ~jnp.all(x.stopped), decode, loop)
     no_prompt = jnp.zeros((num_rows, prompt_length))
     return Generation(
         tokens=jnp.concatenate([prompts.tokens, loop.tokens], axis=1),

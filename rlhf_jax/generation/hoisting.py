@@ -26,7 +26,7 @@ def hoist(body: Callable[[Any], Any], carry: Any) -> Callable[[Any], Any]:
             once.append(equation)
         else:
             always.append(equation)
-    used = {x for equation in always for x in equation.invars if isinstance(x, Var)} | set(jaxpr.outvars)
+    used = {x for inputs in (*(e.invars for e in always), jaxpr.outvars) for x in inputs if isinstance(x, Var)}
     kept = [x for x in dict.fromkeys([*jaxpr.constvars, *(x for e in once for x in e.outvars)]) if x in used]
     constants = _function(jaxpr, once, jaxpr.constvars, kept)(*closed.consts)
     rest = _function(jaxpr, always, [*kept, *jaxpr.invars], jaxpr.outvars)

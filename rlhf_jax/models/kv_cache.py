@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.models.parameters import ConstrainFn
+
+CACHE = ("layers", "batch", "kv_heads", None, "head_dim")
+"""Logical axes of keys and values, `[L, B, G, S, C]`; those of a single layer have no first one."""
+
 
 @struct.dataclass
 class KVCache:
@@ -20,6 +25,24 @@ class KVCache:
     segment_ids: jax.Array  # [B, S], 0 where nothing (or padding) is stored
     length: jax.Array  # [], columns written; beyond S the oldest ones are overwritten
     past: "KVCache | None" = None  # of B / K rows: what K neighbours have seen before this, held once
+
+
+def empty_cache(
+    shape: tuple[int, int, int, int], num_layers: int, dtype: str, constrain_fn: ConstrainFn, *, apart: bool
+) -> KVCache:
+    """Room for `shape`, `(B, G, S, C)`, in every layer: stacked, or with layers `apart` in an array each."""
+
+    def empty() -> jax.Array | tuple[jax.Array, ...]:
+        if apart:
+            return tuple(constrain_fn(jnp.zeros(shape, dtype), CACHE[1:]) for _ in range(num_layers))
+        return constrain_fn(jnp.zeros((num_layers, *shape), dtype), CACHE)
+
+    return KVCache(
+        keys=empty(),
+        values=empty(),
+        segment_ids=jnp.zeros((shape[0], shape[2]), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
 
 
 def store(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.attention import AttentionFn, forked_attention, sights, xla_attention
 from rlhf_jax.models.experts import ExpertsFn, routed_mlp
-from rlhf_jax.models.kv_cache import KVCache, fork_cache, refill_cache, store
+from rlhf_jax.models.kv_cache import KVCache, empty_cache, fork_cache, refill_cache, store
 from rlhf_jax.models.norms import layer_norm, rms_norm
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
@@ -28,8 +28,6 @@ PLAIN_ROPE = Rope()
 
 STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
-CACHE = ("layers", "batch", "kv_heads", None, "head_dim")
-"""Of the cached keys and values, `[L, B, G, S, C]`; those of a single layer have no first one."""
 LOOKUP = ("lookup", "length", "embed")  # of rows of the embedding where they are found, before they move to `STREAM`
 VOCABULARY = ("vocab", None)
 """Of the output matrix where it is used: whole rows."""
@@ -119,9 +117,8 @@ class TransformerConfig:
     """Layers per step of the loop over layers; more is faster while they are few and small, and slower to compile."""
     layers_apart: int = 16
     """Networks of up to so many layers run without a loop over them where there is a cache, which then is one array a
-    layer. A sampler then cuts the weights out of their stack once (see `generation.hoisting`), a second copy of them while
-    it runs; in a loop XLA's CPU and GPU copy weights and cache of every layer for every token. Deeper ones compile faster in
-    the loop."""
+    layer. A sampler cuts the weights out of their stack once, a second copy of them (see `generation.hoisting`), where the
+    loop would copy weights and cache of a layer for every token. Deeper ones compile faster in the loop."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -231,20 +228,8 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 def init_cache(config: TransformerConfig, batch_size: int, max_length: int) -> KVCache:
     """An empty cache with room for `max_length` tokens a row."""
     shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
-
-    def empty() -> jax.Array | tuple[jax.Array, ...]:
-        if config.num_layers > config.layers_apart:
-            return config.constrain_fn(jnp.zeros((config.num_layers, *shape), config.dtype), CACHE)
-        return tuple(
-            config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE[1:]) for _ in range(config.num_layers)
-        )
-
-    return KVCache(
-        keys=empty(),
-        values=empty(),
-        segment_ids=jnp.zeros((batch_size, max_length), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )
+    apart = config.num_layers <= config.layers_apart
+    return empty_cache(shape, config.num_layers, config.dtype, config.constrain_fn, apart=apart)
 
 
 def hidden(
