@@ -45,11 +45,11 @@ def test_constants_leave_the_loop_and_the_numbers_stay():
 
 
 def test_effects_stay_in_the_loop_and_what_is_only_carried_passes():
-    seen = []
+    seen, fixed = [], jnp.zeros(3)
 
     def body(carry):
         step, other, _ = carry
-        jax.debug.callback(lambda: seen.append(1))
+        jax.debug.callback(lambda fixed: seen.append(fixed), fixed)
         return step + 1, other, True
 
     def run(other):
