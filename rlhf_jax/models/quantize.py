@@ -3,7 +3,7 @@
     params = quantize(params)                     # a quarter of float32, half of bfloat16
     model.hidden(params, ...)                     # the same functions; a layer's weights are restored when it runs
 
-For what is only read: reference and reward models, and the base of an adapter (`models.lora`).
+For what is only read: reference and reward models, the base of an adapter (`models.lora`), a sampler's copy of the policy.
 """
 
 from functools import partial
@@ -58,6 +58,23 @@ def quantize(params: Params) -> Params:
     """
     layers = params["layers"]
     return {**params, "layers": {name: _code(name, x) if name in MATRICES else x for name, x in layers.items()}}
+
+
+def encode(params: Params) -> Params:
+    """`quantize` inside `jit`: what it does without looking at the numbers. Weights that are not finite stay so.
+
+    A sampler that reads a quarter of the bytes, its copy made anew in every iteration:
+
+        sample = lambda params, prompts, key: generate(model, encode(params), prompts, key, ...)
+
+    Its log-probs are those of the copy, and so is `old_logprobs`: the ratio of the loss weighs each token with
+    policy / copy. See `training.rollout.log_sampling_gap`.
+    """
+
+    def code(name: str, weight: jax.Array) -> Any:
+        return _encode(weight, split_dims(name, range(weight.ndim))[1]) if name in MATRICES else weight
+
+    return {**params, "layers": {name: code(name, weight) for name, weight in params["layers"].items()}}
 
 
 def quantized_shapes(shapes: Params) -> Params:
