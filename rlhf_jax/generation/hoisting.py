@@ -10,9 +10,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 def hoist(body: Callable[[Any], Any], carry: Any) -> Callable[[Any], Any]:
     """`body` of a `while_loop` without what does not depend on the carry: that is computed here, before the loop.
 
-    Weights are cut out of their stack, rounded to the compute dtype and scaled once, where XLA repeats it for every token.
-    Only what is no larger than what it is made of is kept, so that weights in 8 bits stay so. The numbers are those of
-    `body`.
+    Weights are cut out of their stack and rounded to the compute dtype once, where XLA repeats it for every token. Only what
+    is no larger than what it is made of is moved: whether weights in 8 bits are restored before the loop or in it is left to
+    the compiler. The numbers are those of `body`.
 
     Args:
       body: `carry -> carry`, pure.
@@ -46,7 +46,5 @@ def _num_bytes(variables: Iterable[Any]) -> int:
 
 def _function(jaxpr: Jaxpr, equations: list, inputs: list, outputs: list) -> Callable[..., list[jax.Array]]:
     """A part of `jaxpr`."""
-    part = jaxpr.replace(
-        constvars=[], invars=inputs, outvars=outputs, eqns=equations, debug_info=jaxpr.debug_info.with_unknown_names()
-    )
+    part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=equations)
     return jaxpr_as_fun(ClosedJaxpr(part, ()))

@@ -61,14 +61,15 @@ def quantize(params: Params) -> Params:
 
 
 def encode(params: Params) -> Params:
-    """`quantize` inside `jit`: what it does without looking at the numbers. Weights that are not finite stay so.
+    """`quantize` inside `jit`: without a look at the numbers. Of weights that are not finite, the scale is not finite.
 
-    A sampler that reads a quarter of the bytes, its copy made anew in every iteration:
+    For a sampler whose copy of the policy is made anew in every iteration:
 
         sample = lambda params, prompts, key: generate(model, encode(params), prompts, key, ...)
 
-    Its log-probs are those of the copy, and so is `old_logprobs`: the ratio of the loss weighs each token with
-    policy / copy. See `training.rollout.log_sampling_gap`.
+    Its log-probs, and so `old_logprobs`, are those of the copy: the ratio of the loss weighs each token with policy / copy
+    (see `training.rollout.log_sampling_gap`). XLA's CPU restores the weights before the loop over tokens, so that there
+    nothing is gained.
     """
 
     def code(name: str, weight: jax.Array) -> Any:

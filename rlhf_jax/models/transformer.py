@@ -289,7 +289,8 @@ def hidden(
         for index in range(config.num_layers):
             weights = jax.tree.map(lambda stacked, index=index: stacked[index], params["layers"])
             own = None if shared is None else (shared[0][index], shared[1][index])
-            carry, _ = layer(carry, (weights, index, kinds[index], own))
+            (x, *caches), _ = layer(carry, (weights, index, kinds[index], own))
+            carry = (jax.lax.optimization_barrier(x), *caches)  # rounded here, as by the loop, in every dtype
     else:
         scanned = (params["layers"], jnp.arange(config.num_layers), jnp.asarray(kinds, jnp.int32), shared)
         carry, _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
