@@ -1,4 +1,4 @@
-"""Sampling, side by side: plain, with shared prompts, with refilled slots; and what the machine itself can do.
+"""Sampling, side by side: plain, with shared prompts, with refilled slots, filtered; and what the machine itself can do.
 
     python benchmarks/generation.py --pairs 5
 
@@ -9,12 +9,12 @@ weights and cache, counted from shapes, take at the rates of a product and a cop
 """
 
 import dataclasses
-import functools
 import json
 import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 import rlhf_jax as rl
+from rlhf_jax.generation.sampling import filter_top_k, filter_top_p
 
 MODELS = {
     "tiny": rl.TransformerConfig(
@@ -54,6 +55,8 @@ class Config:
     mean_length: float = 16.0
     most_new: int = 128
     refill: int = 4
+    vocabularies: tuple[int, ...] = (1024, 8192, 32768, 131072)
+    """Of the logits that are filtered."""
 
 
 def clock(run: Callable[[], object]) -> tuple[float, float]:
@@ -103,7 +106,7 @@ def report(task: str, line: dict) -> None:
 
 def sampler(model: rl.CausalModel, new: int, generate: Callable = rl.generate, **options) -> Callable:
     """`run(params, prompts, key, row_limits)`, compiled."""
-    return jax.jit(functools.partial(generate, model, max_new_tokens=new, eos_id=None, pad_id=0, **options))
+    return jax.jit(partial(generate, model, max_new_tokens=new, eos_id=None, pad_id=0, **options))
 
 
 def plain(config: Config, size: str, rates: dict[str, float]) -> None:
@@ -178,10 +181,37 @@ def continuous(config: Config) -> None:
     report("batches / refilled slots", {**rates, **line})
 
 
+def sorted_top_p(logits: jax.Array, p: float) -> jax.Array:
+    """`rl.filter_top_p` with the whole vocabulary sorted."""
+    descending = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < p
+    return jnp.where(logits >= jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True), logits, -jnp.inf)
+
+
+def sorted_top_k(logits: jax.Array, k: int) -> jax.Array:
+    """`rl.filter_top_k` with `lax.top_k`."""
+    return jnp.where(logits >= jax.lax.top_k(logits, k)[0][:, -1:], logits, -jnp.inf)
+
+
+def filters(config: Config) -> None:
+    """Top-p and top-k: a sort against bisection."""
+    tasks = {
+        "sort / bisection, top-p 0.9": (partial(sorted_top_p, p=0.9), partial(filter_top_p, p=0.9)),
+        "lax.top_k / bisection, top-k 50": (partial(sorted_top_k, k=50), partial(filter_top_k, k=50)),
+    }
+    for vocab in config.vocabularies:
+        logits = 3 * jax.random.normal(jax.random.key(0), (config.batch, vocab))
+        for task, sides in tasks.items():
+            runs = [partial(jax.jit(side), logits) for side in sides]
+            report(f"{task}, {vocab} tokens", compare(*runs, config.pairs))
+
+
 def main(config: Config) -> None:
     """All tasks."""
     rates = machine()
     report("machine", {"gflops": round(rates["flops"] / 1e9, 1), "gbytes": round(rates["bytes"] / 1e9, 1)})
+    filters(config)
     continuous(config)
     shared(config)
     for size in config.sizes:

@@ -196,8 +196,9 @@ def _cache(setting: Setting) -> Any:
     config, mesh = setting.network, setting.mesh
     cache = jax.eval_shape(lambda: rl.transformer.init_cache(config, setting.batch, setting.length))
     heads = None if config.num_kv_heads % mesh.shape["tensor"] else "tensor"
-    split = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None, heads))
-    return abstract((cache.keys, cache.values), (split, split))
+    layers = [None] * (jax.tree.leaves(cache.keys)[0].ndim - 4)
+    split = NamedSharding(mesh, PartitionSpec(*layers, BATCH_AXES, heads))
+    return abstract((cache.keys, cache.values), jax.tree.map(lambda _: split, (cache.keys, cache.values)))
 
 
 STAGES = {"sft": sft, "reward_model": reward_model, "rollout": rollout, "ppo": ppo, "dpo": dpo}

@@ -165,7 +165,7 @@ from rlhf_jax.training.ppo import (
     make_ppo_update,
 )
 from rlhf_jax.training.reward_functions import RewardError, RewardFn, Scored, learn_from, score_completions
-from rlhf_jax.training.rollout import check_scores, make_experience_fn, make_score_fn
+from rlhf_jax.training.rollout import check_scores, log_sampling_gap, make_experience_fn, make_score_fn
 from rlhf_jax.training.train_step import init_train_state, make_train_step, update_epochs
 from rlhf_jax.types import (
     CausalModel,
@@ -274,6 +274,7 @@ __all__ = [
     "lagrangian_reward",
     "learn_from",
     "leave_one_out",
+    "log_sampling_gap",
     "make_ahead_iteration",
     "make_batch_update",
     "make_best_of_experience_fn",

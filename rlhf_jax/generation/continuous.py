@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.functional.masking import positions_from_segments
+from rlhf_jax.generation.hoisting import hoist
 from rlhf_jax.generation.sampling import sample_token
 from rlhf_jax.types import Cache, CausalModel, Generation, Params, PromptBatch
 
@@ -143,6 +144,7 @@ def generate_continuously(
         last=jnp.full((num_slots,), pad_id, prompts.tokens.dtype),
         cache=model.init_cache(num_slots, prompt_length + max_new_tokens),
     )
+    decode = hoist(decode, queue)
     # Two loops instead of a condition in one, whose branches would copy the cache.
     queue = jax.lax.while_loop(
         lambda queue: queue.started < num_prompts,

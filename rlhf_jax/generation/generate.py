@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.functional.masking import positions_from_segments
+from rlhf_jax.generation.hoisting import hoist
 from rlhf_jax.generation.sampling import sample_token
 from rlhf_jax.types import Cache, CausalModel, Generation, Params, PromptBatch
 
@@ -118,6 +119,7 @@ def generate(
         cache=cache,
     )
     loop = write(loop, *sample(logits, loop.step), cache)
+    decode = hoist(decode, loop)
     loop = jax.lax.while_loop(lambda x: (x.step < max_new_tokens) & ~jnp.all(x.stopped), decode, loop)
     no_prompt = jnp.zeros((num_rows, prompt_length))
     return Generation(

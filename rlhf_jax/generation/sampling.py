@@ -1,29 +1,54 @@
 """Drawing one token from logits: temperature, top-k and top-p (nucleus) filters."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+
+def _largest_threshold(holds: Callable[[jax.Array], jax.Array], num_rows: int) -> jax.Array:
+    """The largest float32 `t [B, 1]` for which `holds(t)`: of every row true up to some number, then false; -inf if never.
+
+    A number's 32 bits are found one by one, the highest first, which takes 32 passes over the row and no sort.
+    """
+
+    def value(code: jax.Array) -> jax.Array:
+        """Codes are in the order of the floats: of the bits of one below zero all are flipped, else the sign's alone."""
+        bits = jnp.where(code >> 31 == 1, code ^ jnp.uint32(1 << 31), ~code)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def add_bit(i: jax.Array, code: jax.Array) -> jax.Array:
+        larger = code | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(value(larger)), larger, code)
+
+    code = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((num_rows, 1), jnp.uint32))
+    return value(jnp.maximum(code, jnp.uint32(0x007FFFFF)))  # the code of -inf; below it there are NaNs
 
 
 def filter_top_k(logits: jax.Array, k: int) -> jax.Array:
     """Keep the `k` largest of `logits [B, V]` (all that tie with the k-th), the rest becomes -inf."""
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"top_k must lie in 1..{logits.shape[-1]} (the vocabulary), got {k}")
-    smallest_kept = jax.lax.top_k(logits, k)[0][:, -1:]
-    return jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+    exact = logits.astype(jnp.float32)
+    smallest_kept = _largest_threshold(lambda t: jnp.sum(exact >= t, axis=-1, keepdims=True) >= k, logits.shape[0])
+    return jnp.where(exact >= smallest_kept, logits, -jnp.inf)
 
 
 def filter_top_p(logits: jax.Array, p: float) -> jax.Array:
     """Keep the smallest set of most likely tokens whose probability reaches `p` (Holtzman et al. 2020).
 
-    The most likely token always stays; tokens that tie with the last one kept stay too.
+    The most likely token always stays; tokens that tie with the last one kept stay too. So a token stays if all that are
+    more likely than it have less than `p` together.
     """
     if not 0.0 < p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1], got {p}")
-    descending = -jnp.sort(-logits.astype(jnp.float32), axis=-1)
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    smallest_kept = jnp.min(jnp.where(mass_before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest_kept, logits, -jnp.inf)
+    exact = logits.astype(jnp.float32)
+    probabilities = jax.nn.softmax(exact, axis=-1)
+
+    def reached_above(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(exact > t, probabilities, 0.0), axis=-1, keepdims=True) >= p
+
+    return jnp.where(exact > _largest_threshold(reached_above, logits.shape[0]), logits, -jnp.inf)
 
 
 def _first_largest(x: jax.Array) -> jax.Array:

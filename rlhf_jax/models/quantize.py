@@ -3,7 +3,7 @@
     params = quantize(params)                     # a quarter of float32, half of bfloat16
     model.hidden(params, ...)                     # the same functions; a layer's weights are restored when it runs
 
-For what is only read: reference and reward models, and the base of an adapter (`models.lora`).
+For what is only read: reference and reward models, the base of an adapter (`models.lora`), a sampler's copy of the policy.
 """
 
 from functools import partial
@@ -58,6 +58,24 @@ def quantize(params: Params) -> Params:
     """
     layers = params["layers"]
     return {**params, "layers": {name: _code(name, x) if name in MATRICES else x for name, x in layers.items()}}
+
+
+def encode(params: Params) -> Params:
+    """`quantize` inside `jit`: without a look at the numbers. Of weights that are not finite, the scale is not finite.
+
+    For a sampler whose copy of the policy is made anew in every iteration:
+
+        sample = lambda params, prompts, key: generate(model, encode(params), prompts, key, ...)
+
+    Its log-probs, and so `old_logprobs`, are those of the copy: the ratio of the loss weighs each token with policy / copy
+    (see `training.rollout.log_sampling_gap`). XLA's CPU restores the weights before the loop over tokens, so that there
+    nothing is gained.
+    """
+
+    def code(name: str, weight: jax.Array) -> Any:
+        return _encode(weight, split_dims(name, range(weight.ndim))[1]) if name in MATRICES else weight
+
+    return {**params, "layers": {name: code(name, weight) for name, weight in params["layers"].items()}}
 
 
 def quantized_shapes(shapes: Params) -> Params:

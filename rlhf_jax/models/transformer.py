@@ -2,7 +2,8 @@
 
 One network for the published families (Llama, Mistral, Qwen, Gemma, Phi-3, GPT-2, GPT-NeoX, OLMo 2, Mixtral):
 `TransformerConfig` says which norms, positions, biases, windows and experts it has; `models.families` holds the values.
-Layers are stacked on a leading axis and run under `lax.scan`; the same `hidden` serves training, prefill and decoding.
+Layers are stacked on a leading axis and run under `lax.scan`, or with a cache, where they are few, one after the other; the
+same `hidden` serves training, prefill and decoding.
 
 Shapes: B rows, T new tokens, S cached tokens, L layers, D width, H query heads, G key/value heads, C head width,
 F width of the MLP, E experts, V vocabulary.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.attention import AttentionFn, forked_attention, sights, xla_attention
 from rlhf_jax.models.experts import ExpertsFn, routed_mlp
-from rlhf_jax.models.kv_cache import KVCache, fork_cache, refill_cache
+from rlhf_jax.models.kv_cache import KVCache, empty_cache, fork_cache, refill_cache, store
 from rlhf_jax.models.norms import layer_norm, rms_norm
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
@@ -27,8 +28,6 @@ PLAIN_ROPE = Rope()
 
 STREAM = ("batch", "length", None)
 """Logical axes of what flows from layer to layer, `[B, T, D]`."""
-CACHE = ("layers", "batch", "kv_heads", None, "head_dim")
-"""Of the cached keys and values, `[L, B, G, S, C]`."""
 LOOKUP = ("lookup", "length", "embed")  # of rows of the embedding where they are found, before they move to `STREAM`
 VOCABULARY = ("vocab", None)
 """Of the output matrix where it is used: whole rows."""
@@ -116,6 +115,10 @@ class TransformerConfig:
     """Tokens whose logits a loss makes at a time, None = all (see `CausalModel`). Worth it for large vocabularies."""
     unroll: int = 1
     """Layers per step of the loop over layers; more is faster while they are few and small, and slower to compile."""
+    layers_apart: int = 16
+    """Networks of up to so many layers run without a loop over them where there is a cache, which then is one array a
+    layer. A sampler cuts the weights out of their stack once, a second copy of them (see `generation.hoisting`), where the
+    loop would copy weights and cache of a layer for every token. Deeper ones compile faster in the loop."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -224,13 +227,9 @@ def init(key: jax.Array, config: TransformerConfig) -> Params:
 
 def init_cache(config: TransformerConfig, batch_size: int, max_length: int) -> KVCache:
     """An empty cache with room for `max_length` tokens a row."""
-    shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-    return KVCache(
-        keys=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
-        values=config.constrain_fn(jnp.zeros(shape, config.dtype), CACHE),
-        segment_ids=jnp.zeros((batch_size, max_length), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )
+    shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
+    apart = config.num_layers <= config.layers_apart
+    return empty_cache(shape, config.num_layers, config.dtype, config.constrain_fn, apart=apart)
 
 
 def hidden(
@@ -284,14 +283,18 @@ def hidden(
         config.constrain_fn(_embed(params, config, tokens, positions), STREAM),
         *((None, None) if cache is None else (cache.keys, cache.values)),
     )
-    kinds = jnp.asarray(config.layer_kinds or (0,) * config.num_layers, jnp.int32)
-    scanned = (
-        params["layers"],
-        jnp.arange(config.num_layers),
-        kinds,
-        None if past is None else (past.keys, past.values),
-    )
-    (x, keys, values), _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
+    kinds = config.layer_kinds or (0,) * config.num_layers
+    shared = None if past is None else (past.keys, past.values)
+    if cache is not None and isinstance(cache.keys, tuple):
+        for index in range(config.num_layers):
+            weights = jax.tree.map(lambda stacked, index=index: stacked[index], params["layers"])
+            own = None if shared is None else (shared[0][index], shared[1][index])
+            (x, *caches), _ = layer(carry, (weights, index, kinds[index], own))
+            carry = (jax.lax.optimization_barrier(x), *caches)  # rounded here, as by the loop, in every dtype
+    else:
+        scanned = (params["layers"], jnp.arange(config.num_layers), jnp.asarray(kinds, jnp.int32), shared)
+        carry, _ = jax.lax.scan(layer, carry, scanned, unroll=config.unroll)
+    x, keys, values = carry
     x = _norm(config, params, "final_norm", x.astype(jnp.float32))
     return x, None if cache is None else KVCache(keys, values, key_segments, cache.length + tokens.shape[1], past)
 
@@ -347,7 +350,7 @@ def _rotation_by_kind(config: TransformerConfig, positions: jax.Array):
 
 
 def _block(weights, config, x, layer_inputs, keys, values, at):
-    """One layer; `keys`/`values` are the stacked caches or None, `at` where to write in them."""
+    """One layer; `keys`/`values` are the caches of all layers or None, `at` the layer and the column to write to."""
     exact = {name for name in weights if "norm" in name or name == "router" or name.endswith("_bias")}
     weights = {name: x.astype(jnp.float32 if name in exact else config.dtype) for name, x in weights.items()}
     h = _norm(config, weights, "attention_norm", x) if config.pre_norm else x
@@ -384,12 +387,8 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
 
     query, key, value = heads("query"), heads("key"), heads("value")
     if keys is not None:
-        index, start = at
-        at = (index, 0, 0, start, 0)
-        keys = jax.lax.dynamic_update_slice(keys, jnp.swapaxes(key, 1, 2)[None], at)
-        values = jax.lax.dynamic_update_slice(values, jnp.swapaxes(value, 1, 2)[None], at)
-        key = jnp.swapaxes(jax.lax.dynamic_index_in_dim(keys, index, keepdims=False), 1, 2)
-        value = jnp.swapaxes(jax.lax.dynamic_index_in_dim(values, index, keepdims=False), 1, 2)
+        keys, key = store(keys, key, *at)
+        values, value = store(values, value, *at)
     scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
     options = {"scale": scale, "softcap": config.attention_softcap}
     if past is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_jax.functional.advantages import gae
 from rlhf_jax.functional.kl import k1
-from rlhf_jax.functional.masking import masked_sum, masked_var, masked_whiten
+from rlhf_jax.functional.masking import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos
 from rlhf_jax.models.heads import sequence_scores
 from rlhf_jax.objectives import CriticFn, policy_hidden, sequence_token_logprobs
@@ -92,6 +92,39 @@ def make_experience_fn(
             returns=returns,
         )
         return batch, metrics
+
+    return experience
+
+
+def log_sampling_gap(
+    experience_fn: Callable[..., tuple[Experience, Metrics]], model: CausalModel, *, temperature: float = 1.0
+) -> Callable[..., tuple[Experience, Metrics]]:
+    """The same experience, and in the metrics how far its sampler is from the policy. Costs a forward, if none is shared.
+
+    For a sampler that is not the policy itself: a copy in bfloat16 (`dataclasses.replace(config, dtype="bfloat16")`) or in 8
+    bits (`models.quantize.encode`), another engine. Learning stays right as long as `generation.logprobs` are its own, since
+    the ratio of every loss is taken against them; its variance grows with what is logged (nats, over completion tokens):
+
+        sampling/sampling_logp_difference/mean, max      |log policy - log sampler|
+        sampling/importance_sampling_ratio/mean          policy / sampler, 1 in expectation
+
+    Args:
+      experience_fn: from `make_experience_fn`, or of another method.
+      model: the policy's functions.
+      temperature: the sampler's.
+    """
+
+    def experience(params: Params, ref_params: Params, generation: Generation, *rest: jax.Array):
+        batch, metrics = experience_fn(params, ref_params, generation, *rest)
+        tokens, segment_ids, mask = generation.tokens, generation.segment_ids, generation.completion_mask
+        logprobs = sequence_token_logprobs(model, params["policy"], tokens, segment_ids, mask, temperature=temperature)
+        gap = jnp.where(mask, logprobs - generation.logprobs, 0.0)
+        return batch, {
+            **metrics,
+            "sampling/sampling_logp_difference/mean": masked_mean(jnp.abs(gap), mask),
+            "sampling/sampling_logp_difference/max": jnp.abs(gap).max(),
+            "sampling/importance_sampling_ratio/mean": masked_mean(jnp.exp(gap), mask),
+        }
 
     return experience
 

@@ -19,9 +19,10 @@ from rlhf_jax.objectives import policy_hidden, sequence_token_logprobs
 NEW, SIZES = 7, (3, 5, 1, 4, 2, 5, 3)
 OPTIONS = {"max_new_tokens": NEW, "eos_id": tiny.EOS, "pad_id": tiny.PAD}
 LIMITS = jnp.asarray([7, 1, 3, 7, 2, 7, 5])
-WINDOWED = transformer.causal_model(
-    dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(), LayerKind(window=4)), layer_kinds=(0, 1))
-)
+WINDOWS = dataclasses.replace(tiny.CONFIG, kinds=(LayerKind(), LayerKind(window=4)), layer_kinds=(0, 1))
+WINDOWED = transformer.causal_model(WINDOWS)
+STACKED = transformer.causal_model(dataclasses.replace(WINDOWS, layers_apart=0))
+MODELS = {"argvalues": [tiny.MODEL, WINDOWED, STACKED], "ids": ["all", "window", "stacked"]}
 
 
 @cache
@@ -36,7 +37,7 @@ def same(one, other):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [tiny.MODEL, WINDOWED], ids=["all", "window"])
+@pytest.mark.parametrize("model", **MODELS)
 def test_every_token_is_drawn_by_its_rule(model):
     """From the logits of a forward over whole rows, without a cache, token t of row q is the draw of the key (q, t)."""
     out = continuous(2, 1, model)
@@ -74,7 +75,7 @@ def test_greedy_is_generates():
     same(continuous(3, 2, temperature=0), plain)
 
 
-@pytest.mark.parametrize("model", [tiny.MODEL, WINDOWED], ids=["all", "window"])
+@pytest.mark.parametrize("model", **MODELS)
 def test_a_shared_prompt_changes_no_sample(model):
     prompts, key = tiny.prompts((3, 5, 1)), jax.random.key(1)
 
@@ -92,9 +93,11 @@ def test_a_shared_prompt_changes_no_sample(model):
 
 def test_the_prompt_is_held_once():
     empty = tiny.MODEL.init_cache(3, 5)
-    forked = jax.eval_shape(lambda: tiny.MODEL.fork_cache(empty, 4, NEW))
-    assert forked.past.keys.shape == (2, 3, 2, 5, 4)
-    assert forked.keys.shape == (2, 12, 2, NEW, 4)
+    apart, stacked = (jax.eval_shape(lambda m=m: m.fork_cache(m.init_cache(3, 5), 4, NEW)) for m in (WINDOWED, STACKED))
+    assert [x.shape for x in (*apart.past.keys, *apart.past.values)] == [(3, 2, 5, 4)] * 4
+    assert [x.shape for x in (*apart.keys, *apart.values)] == [(12, 2, NEW, 4)] * 4
+    assert stacked.past.keys.shape == (2, 3, 2, 5, 4)
+    assert stacked.keys.shape == (2, 12, 2, NEW, 4)
     with pytest.raises(ValueError, match="forked already"):
         tiny.MODEL.fork_cache(tiny.MODEL.fork_cache(empty, 2, 1), 2, 1)
 

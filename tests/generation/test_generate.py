@@ -154,20 +154,40 @@ def test_sampling_law():
         np.testing.assert_allclose(logprobs, np.asarray(tempered)[np.asarray(tokens)], rtol=1e-5)
 
 
-def test_filters_against_a_loop():
-    logits = np.random.default_rng(0).normal(size=(20, 7)).astype(np.float32) * 2
+def rows_of_logits(vocab):
+    """Random, neighbouring floats, tied, flat, peaked, extreme, zeros of both signs, tokens that are impossible already."""
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=vocab) * scale for scale in (0.1, 2.0, 30.0, 1e30)]
+    rows += [
+        1.0 + 2.0**-23 * np.arange(vocab),
+        rng.integers(-2, 3, vocab),
+        np.zeros(vocab),
+        np.where(np.arange(vocab) == 3, 50.0, -0.0),
+    ]
+    rows += [
+        np.where(rng.random(vocab) < 0.5, -np.inf, rng.normal(size=vocab)),
+        -np.abs(rng.normal(size=vocab)) - 1e-30,
+    ]
+    return np.asarray(rows, np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_filters_against_a_loop(dtype):
+    logits = jnp.asarray(rows_of_logits(23), dtype)
+    rows = np.asarray(logits.astype(jnp.float32), np.float64)
     for p in (0.1, 0.6, 0.95):
-        kept = np.isfinite(np.asarray(jax.jit(partial(filter_top_p, p=p))(logits)))
-        for row, keep in zip(logits, kept, strict=True):
-            order, mass, expected = np.argsort(-row), 0.0, np.zeros(7, bool)
-            probabilities = np.exp(row) / np.exp(row).sum()
-            for token in order:
-                if mass < p:
-                    expected[token] = True
-                mass += probabilities[token]
-            np.testing.assert_array_equal(keep, expected)
-    kept = np.isfinite(np.asarray(filter_top_k(jnp.asarray(logits), 2)))
-    np.testing.assert_array_equal(kept, np.argsort(np.argsort(-logits, axis=1), axis=1) < 2)
+        kept = np.asarray(jax.jit(partial(filter_top_p, p=p))(logits) > -jnp.inf)
+        for row, keep in zip(rows, kept, strict=True):
+            probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            before = np.asarray([probabilities[row > x].sum() for x in row])
+            assert np.abs(before - p).min() > 1e-6, "an accident of the numbers: this row decides nothing"
+            np.testing.assert_array_equal(keep, (before < p) & (row > -np.inf))
+    for k in (1, 2, 22, 23):
+        kept = np.asarray(jax.jit(partial(filter_top_k, k=k))(logits) > -jnp.inf)
+        for row, keep in zip(rows, kept, strict=True):
+            np.testing.assert_array_equal(keep, (row >= np.sort(row)[-k]) & (row > -np.inf))
+    everything = jax.jit(partial(filter_top_p, p=1.0))(logits)
+    np.testing.assert_array_equal(everything[:2], logits[:2])
 
 
 def test_bad_options_are_refused():

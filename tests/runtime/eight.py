@@ -209,8 +209,8 @@ def drawn(shapes):
 
 
 def cache_shapes(text, config):
-    """Shapes on one device of what is written to and carried through the loop over tokens, five dimensions each."""
-    found = re.findall(rf"f32\[({config.num_layers},\d+,\d+,8,{config.head_dim})\]\S* dynamic-update-slice\(", text)
+    """Shapes on one device of what is written to and carried through the loop over tokens, an array a layer."""
+    found = re.findall(rf"f32\[(\d+,\d+,8,{config.head_dim})\]\S* dynamic-update-slice\(", text)
     return sorted({tuple(int(size) for size in shape.split(",")) for shape in found})
 
 

@@ -118,9 +118,9 @@ def test_copies_decode_alone(results):
 
 @pytest.mark.xdist_group("eight")
 def test_the_cache_is_split_by_rows_and_heads(results):
-    """`[L, B, G, S, C]` of 2 layers, 16 rows, 2 heads, 8 columns, width 4."""
-    assert results["rollout/data2_fsdp2_tensor2"]["caches"] == [[2, 4, 1, 8, 4]]
-    assert results["rollout/data8"]["caches"] == [[2, 2, 2, 8, 4]]
+    """`[B, G, S, C]` of a layer with 16 rows, 2 heads, 8 columns, width 4."""
+    assert results["rollout/data2_fsdp2_tensor2"]["caches"] == [[4, 1, 8, 4]]
+    assert results["rollout/data8"]["caches"] == [[2, 2, 8, 4]]
 
 
 @pytest.mark.xdist_group("eight")
