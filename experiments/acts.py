@@ -16,7 +16,7 @@ from task import TaskConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
-from rlhf_jax.runtime.processes import Processes, is_first, joined
+from rlhf_jax.runtime.processes import Processes, is_first, joined, meet
 from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, write_json
 from rlhf_jax.types import Params
@@ -72,13 +72,18 @@ def timed(run: Path, name: str, act: Callable[[], None], *leftovers: Path) -> No
 def policy_keeper(run: Path, name: str, tokenizer: Tokenizer, *, every: int) -> Callable[[int, Params], None]:
     """`keep_policy(step, params)`: every so many steps (0 = never) a policy in `run/NAME_steps`, for the KL-reward frontier.
 
-    A resumed act comes by steps again whose policy is there; it is the same one, bit for bit, and stays.
+    A resumed act comes by steps again whose policy is there, and replaces it: with `--force` it need not be the same one.
     """
     folder = run / f"{name}_steps"
 
     def keep_policy(step: int, params: Params) -> None:
-        if every and step % every == 0 and (checkpoint.latest_step(folder) or 0) < step:
-            checkpoint.save(folder, step, params, notes={"tokenizer": tokenizer.fingerprint}, for_good=every)
+        if not every or step % every:
+            return
+        if is_first():
+            for path in checkpoint.set_aside(folder, newer_than=step - 1):
+                shutil.rmtree(path)
+        meet("kept policies")
+        checkpoint.save(folder, step, params, notes={"tokenizer": tokenizer.fingerprint}, for_good=every)
 
     return keep_policy
 

@@ -75,17 +75,19 @@ def test_act_3_from_foreign_checkpoints(run, folders):
 
 
 def test_policies_are_kept_on_the_way(run, folders):
-    """The last of them is the act's own; on an act that resumes, the same step comes again and stays."""
+    """The last of them is the act's own; those of an attempt that was cut off, perhaps with other settings, go."""
     like = jax.eval_shape(lambda params: params, sft.load(run)[2])
     kept = checkpoint.restore(run / "ppo_steps", like, step=1)
     jax.tree.map(np.testing.assert_array_equal, kept, checkpoint.restore(run / "ppo", like))
-    keep_policy = acts.policy_keeper(run, "ppo", load_tokenizer(folders[0]), every=1)
-    keep_policy(1, jax.tree.map(np.zeros_like, kept))
-    jax.tree.map(np.testing.assert_array_equal, kept, checkpoint.restore(run / "ppo_steps", like))
     keep_policy = acts.policy_keeper(run, "some", load_tokenizer(folders[0]), every=2)
     for step in range(1, 9):
         keep_policy(step, kept)
     assert sorted(int(path.name) for path in (run / "some_steps").iterdir()) == [2, 4, 6, 8]
+    zeros = jax.tree.map(np.zeros_like, kept)
+    for step in range(3, 6):
+        keep_policy(step, zeros)
+    assert sorted(int(path.name) for path in (run / "some_steps").iterdir()) == [2, 4]
+    jax.tree.map(np.testing.assert_array_equal, zeros, checkpoint.restore(run / "some_steps", like))
 
 
 @pytest.fixture(scope="module")
