@@ -95,6 +95,7 @@ from rlhf_jax.models.heads import (
     sequence_attributes,
     sequence_scores,
 )
+from rlhf_jax.models.ring_attention import ring_attention_on
 from rlhf_jax.models.transformer import TransformerConfig, causal_model
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
@@ -323,6 +324,7 @@ __all__ = [
     "reshard",
     "reward_model",
     "rewards_to_go",
+    "ring_attention_on",
     "robust_dpo_loss",
     "sample_until_full",
     "score_completions",

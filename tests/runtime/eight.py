@@ -29,6 +29,7 @@ from rlhf_jax.models import huggingface, lora, transformer
 from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import head_specs, init_reward_head
 from rlhf_jax.models.parameters import ParamSpec, init_params, is_spec
+from rlhf_jax.models.ring_attention import ring_attention_on
 from rlhf_jax.models.transformer import TransformerConfig, causal_model, param_specs
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.collectives import count_collectives
@@ -53,6 +54,7 @@ MESHES = {
     "fsdp8": (DENSE, {"data": 1, "fsdp": 8}),
     "data2_fsdp2_tensor2": (DENSE, {"data": 2, "fsdp": 2, "tensor": 2}),
     "data2_sequence2_tensor2": (DENSE, {"data": 2, "sequence": 2, "tensor": 2}),
+    "data2_ring4": (DENSE, {"data": 2, "sequence": 4}),
     "data2_expert2_fsdp2": (EXPERTS, {"data": 2, "expert": 2, "fsdp": 2}),
 }
 KEY = jax.random.key
@@ -225,6 +227,8 @@ def compare(step, mesh_name, exact):
     mesh = make_mesh(**sizes)
     params = jax.device_put(params, state_shardings(shapes, case.specs, mesh))
     on_mesh = dataclasses.replace(config, constrain_fn=constrain_on(mesh), experts_fn=experts_on(mesh))
+    if "ring" in mesh_name:
+        on_mesh = dataclasses.replace(on_mesh, attention_fn=ring_attention_on(mesh, tile=2))
     function = jax.jit(case.make(causal_model(on_mesh)))
     batch = shard_batch(case.batch, mesh)
     compiled = function.lower(params, batch).compile()

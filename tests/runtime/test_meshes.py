@@ -14,7 +14,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("eight.py")
 STEPS = ("sft", "reward_model", "rollout", "ppo", "iteration", "grpo", "dpo", "lora", "ensemble")
-MESHES = ("data8", "fsdp8", "data2_fsdp2_tensor2", "data2_sequence2_tensor2", "data2_expert2_fsdp2")
+MESHES = ("data8", "fsdp8", "data2_fsdp2_tensor2", "data2_sequence2_tensor2", "data2_ring4", "data2_expert2_fsdp2")
 PRODUCT = [f"{step}/{mesh}" for step in STEPS for mesh in MESHES]
 CHOSEN = [
     *(f"sft/{mesh}" for mesh in MESHES),
@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_one_device(results, name):
 def test_the_whole_product_of_steps_and_meshes(tmp_path):
     results = play(tmp_path / "out.json", PRODUCT)
     errors = {name: results[name]["error"] for name in PRODUCT}
-    assert len(errors) == 45
+    assert len(errors) == 54
     assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
 
 
@@ -131,6 +131,17 @@ def test_columns_gather_keys_and_values_and_experts_send_no_tokens(results):
     keys = 8 * 16 * 1 * 4 * 4  # rows, columns, heads, width, bytes on one device
     assert in_layers["all-gather"] == [4, 4 * keys]
     assert "all-to-all" not in results["sft/data2_expert2_fsdp2"]["sent_in_loops"]
+
+
+@pytest.mark.xdist_group("eight")
+def test_a_ring_gathers_no_keys(results):
+    """A block of keys, values and segments a hop, forward and backward; there their gradients, which go home, too."""
+    in_layers = results["sft/data2_ring4"]["sent_in_loops"]
+    assert set(in_layers) == {"collective-permute", "all-reduce"}
+    keys, segments = 8 * 4 * 2 * 4 * 4, 8 * 4 * 4  # rows, columns, heads, width, bytes on one device
+    count, size = in_layers["collective-permute"]
+    assert size == (2 + 4 + 2) * keys + 2 * segments
+    assert count == 3 + 5 + 2
 
 
 @pytest.mark.xdist_group("eight")
