@@ -3,8 +3,9 @@
     python benchmarks/scaling.py
 
 Strong: one batch of 16 rows, shared. Weak: 16 rows a device. Prints README's table, and what it takes to bring the
-parameters from the layout of training to that of generation (bytes, and seconds of this CPU). Layers are unrolled, so that
-each collective counts as often as it runs. Two CPU cores, about four minutes of CPU time, all of it compiling.
+parameters from the layout of training to that of generation (bytes, and seconds of this CPU), and what a long row needs on
+eight devices with and without a ring. Layers are unrolled, so that each collective counts as often as it runs; a ring's
+hops are a loop, whose body counts once. Two CPU cores, about five minutes of CPU time, all of it compiling.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rlhf_jax as rl
+from rlhf_jax.models.attention import xla_attention
 from rlhf_jax.runtime.sharding import BATCH_AXES
 
 CONFIG = rl.TransformerConfig(
@@ -34,9 +36,9 @@ LAYOUTS = {
 }
 
 
-def step_on(mesh, num_rows):
+def step_on(mesh, num_rows, num_columns=COLUMNS, **options):
     """The compiled SFT step, lowered from shapes alone."""
-    config = dataclasses.replace(CONFIG, constrain_fn=rl.constrain_on(mesh))
+    config = dataclasses.replace(CONFIG, constrain_fn=rl.constrain_on(mesh), **options)
     optimizer = rl.adam_optimizer(1e-3)
 
     def start():
@@ -49,7 +51,9 @@ def step_on(mesh, num_rows):
     state = jax.tree.map(placed, shapes, rl.state_shardings(shapes, rl.transformer.param_specs(config), mesh))
     split = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
     dtypes = (jnp.int32, jnp.int32, jnp.bool_)
-    batch = rl.SequenceBatch(*(jax.ShapeDtypeStruct((num_rows, COLUMNS), dtype, sharding=split) for dtype in dtypes))
+    batch = rl.SequenceBatch(
+        *(jax.ShapeDtypeStruct((num_rows, num_columns), dtype, sharding=split) for dtype in dtypes)
+    )
     step = jax.jit(rl.make_train_step(rl.sft(rl.causal_model(config)), optimizer), donate_argnums=0)
     return step.lower(state, batch).compile()
 
@@ -72,6 +76,17 @@ def table():
             columns.append(", ".join(f"{step.cost_analysis()['flops'] / 1e9:.1f}" for step in steps))
             columns.append(", ".join(f"{sent(step):.0f}" for step in steps))
         print(f"| {name} | {' | '.join(columns)} |", flush=True)
+
+
+def long_rows():
+    """One row over eight devices, layers recomputed: temporaries of each."""
+    mesh = rl.make_mesh(data=1, sequence=8)
+    for length in (4096, 16384):
+        steps = [
+            step_on(mesh, 1, length, remat=True, attention_fn=x) for x in (xla_attention, rl.ring_attention_on(mesh))
+        ]
+        sizes = (step.memory_analysis().temp_size_in_bytes / 1e6 for step in steps)
+        print("{} columns: {:.0f} MB of temporaries with keys gathered, {:.0f} in a ring".format(length, *sizes))
 
 
 def move():
@@ -97,3 +112,4 @@ def move():
 if __name__ == "__main__":
     table()
     move()
+    long_rows()

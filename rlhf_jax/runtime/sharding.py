@@ -234,7 +234,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     Columns are the last dimension of the arrays that have most of them (of `[B, T]` and `[B, K, T]` beside `[B]` and
     `[B, K]`). With a sequence axis each device keeps its columns through the network, and attention gathers the keys and
-    values of all: activations shrink, attention's own arithmetic is shared, its keys are not. The axis is for long rows.
+    values of all, unless it is one that sends them round (`models.ring_attention`). The axis is for long rows.
 
     Raises:
       ValueError: a number of rows that does not divide by the number of row shards, or of columns by the sequence axis.

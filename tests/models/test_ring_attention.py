@@ -114,7 +114,9 @@ def test_where_there_is_no_ring(mesh):
     tokens, positions = jnp.zeros_like(segments), positions_from_segments(segments)
 
     def run(tokens, positions, segments, cache=None):
-        return jax.eval_shape(partial(transformer.hidden, tiny.init_params(), config), tokens, positions, segments, cache)
+        return jax.eval_shape(
+            partial(transformer.hidden, tiny.init_params(), config), tokens, positions, segments, cache
+        )
 
     run(tokens, positions, segments)
     assert told == []
