@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from task import TaskConfig
 
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -21,10 +23,20 @@ from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, write_json
 from rlhf_jax.types import Params
 
+CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"))
+"""Folder of compiled programs, so that a second run starts at once; an empty RLHF_JAX_CACHE keeps none."""
+
+
+def keep_programs() -> None:
+    """Compiled programs stay in `CACHE`, where JAX has been told of no other folder."""
+    if CACHE and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", CACHE)
+
 
 @contextlib.contextmanager
 def alone(config: TaskConfig) -> Iterator[None]:
-    """Join the processes of this run, where it has several, and keep all others out of its folder."""
+    """Join the processes of this run, where it has several, and keep all others out of its folder; keep programs."""
+    keep_programs()
     with joined(config.run, config.processes), locked(config.run):
         yield
 

@@ -26,6 +26,7 @@ from acts import alone, facts, is_played, note_command, num_steps_of
 import rlhf_jax as rl
 from rlhf_jax.data import synthetic
 from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.padding import alike_batch_indices, trim
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
@@ -50,6 +51,8 @@ class RewardModelConfig:
     label_smoothing: float = 0.0
     """For pairs, as is `centering_coef`."""
     centering_coef: float = 0.0
+    buckets: int = 0
+    """Widths to which batches, then of rows about equally long, are cut, one compilation each; 0 = one width, any rows."""
     ensemble: int = 1
     """Members; of two or more the mean weights become the reward model (WARM)."""
     num_micro_batches: int = 1
@@ -71,6 +74,31 @@ def build_objective(config: RewardModelConfig, network: rl.TransformerConfig) ->
     return rl.reward_model(rl.causal_model(network), ranking_loss=ranking_loss, **coefficients)
 
 
+def check_buckets(config: RewardModelConfig) -> None:
+    """Refuse what cannot be before anything is started."""
+    if config.buckets < 0 or (config.buckets and config.ensemble > 1):
+        raise SystemExit(
+            f"--reward.buckets {config.buckets} with --reward.ensemble {config.ensemble}: nothing was started. Fix: 0 or more "
+            "buckets, and 0 with an ensemble, whose members draw rows of any length"
+        )
+
+
+def batches_of(config: RewardModelConfig, data: rl.RankingBatch, seed: int) -> Callable[[int], rl.RankingBatch]:
+    """`batch(step)`, on the host, a pure function of (seed, step)."""
+    num_prompts, _, length = data.tokens.shape
+    size, lengths = config.batch_size, (data.segment_ids > 0).sum(axis=-1).max(axis=-1)
+    widths = [-(-length * i // config.buckets // 8) * 8 for i in range(1, config.buckets)]  # T itself is always one
+
+    def batch(step: int) -> rl.RankingBatch:
+        if not config.buckets:
+            rows = batch_indices(seed, step, num_examples=num_prompts, batch_size=size)
+            return jax.tree.map(lambda x: x[rows], data)
+        rows = alike_batch_indices(seed, step, lengths=lengths, batch_size=size)
+        return trim(jax.tree.map(lambda x: x[rows], data), buckets=widths)
+
+    return batch
+
+
 def train(
     config: RewardModelConfig,
     network: rl.TransformerConfig,
@@ -90,6 +118,7 @@ def train(
     train_step = jax.jit(guarded(step_fn), donate_argnums=0)
     head = rl.init_reward_head(jax.random.key(seed), network.model_dim)
     state = rl.replicate(rl.init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer), mesh)
+    batch_of = batches_of(config, data, seed)
     show, same = {"rm/loss": "loss", "rm/accuracy": "accuracy"}, facts(config, seed=seed, data=data, start=trunk)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -97,8 +126,7 @@ def train(
     ):
         state = kept.state
         for step in range(kept.first_step, num_steps):
-            rows = batch_indices(seed, step, num_examples=num_prompts, batch_size=config.batch_size)
-            batch = kept.batch(step, rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
+            batch = kept.batch(step, rl.shard_batch(batch_of(step), mesh))
             state, metrics = train_step(state, batch)
             log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
             kept.finish(step, state)
@@ -108,6 +136,7 @@ def train(
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
     run, seed = config.run, config.seed
+    check_buckets(config.reward)
     if is_played(run, "reward_model", resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)

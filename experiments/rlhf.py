@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import hh
-import jax
 import jax.numpy as jnp
 import judge
 import kept_reward
@@ -26,7 +25,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import note_command, policy_keeper, refuse_processes, timed
+from acts import keep_programs, note_command, policy_keeper, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -37,9 +36,6 @@ from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, open_run, write_json_lines
 from rlhf_jax.types import Frozen, RankingBatch
-
-CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"))
-"""Folder of compiled programs, so that a second run starts at once; an empty RLHF_JAX_CACHE keeps none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +128,7 @@ def play_judge(config: Config, run: Path) -> None:
 
 def main(config: Config) -> dict:
     """Play what is not yet played, then judge; nobody else may write to the run's folder meanwhile."""
-    if CACHE:
-        jax.config.update("jax_compilation_cache_dir", CACHE)
+    keep_programs()
     if config.data is not None:
         raise SystemExit(
             "--data has no meaning here: the main job samples, ranks and judges in its own world; nothing was started. "

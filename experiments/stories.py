@@ -27,7 +27,7 @@ import sft
 import stories_judge
 import task
 import tyro
-from acts import note_command, refuse_processes, timed
+from acts import keep_programs, note_command, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from scoring import row_logprobs, row_sums
@@ -165,6 +165,7 @@ def main(config: Config) -> dict:
     if config.model is None:
         raise SystemExit("--model is missing: the folder that convert_llama2c.py wrote, or another storyteller's")
     refuse_processes(config)
+    keep_programs()
     with locked(config.run):
         return play(config)
 

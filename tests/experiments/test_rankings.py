@@ -16,6 +16,8 @@ from reward_model import RewardModelConfig
 from scoring import row_logprobs
 from sft import SFTConfig
 
+from rlhf_jax.data.batching import batch_indices
+from rlhf_jax.data.padding import alike_batch_indices
 from rlhf_jax.functional import first_choice_loss
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import read_json_lines
@@ -39,6 +41,46 @@ def run(tmp_path, monkeypatch):
 def as_config(kind, run, **options):
     given = {field.name: getattr(run, field.name) for field in dataclasses.fields(task.TaskConfig)}
     return kind(**given, **options)
+
+
+def ragged_rankings(num_prompts):
+    """Three ranked rows of random tokens a prompt; most are short, none is as long as the columns."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 60, (num_prompts, 3, 64)).astype(np.int32)
+    used = np.arange(64) < np.minimum(rng.geometric(1 / 12, (num_prompts, 3)) + 2, 60)[..., None]
+    ranks = np.tile(np.arange(3, dtype=np.int32), (num_prompts, 1))
+    return RankingBatch(tokens, used.astype(np.int32), used & (np.arange(64) > 0), ranks, ranks >= 0)
+
+
+def test_buckets_cut_padding_and_change_no_loss(tmp_path):
+    """Each step's rows, whole, have the loss that was logged of them cut; few widths, and none of a step is the default's."""
+    data, numbers = ragged_rankings(48), RewardModelConfig(num_epochs=2, batch_size=4, buckets=4, learning_rate=0.0)
+    network = sft.network_config(NETWORK, 64)
+    trunk = sft.transformer.init(jax.random.key(0), network)
+    config = task.TaskConfig(run=tmp_path)
+    params = reward_model.train(numbers, network, trunk, data, seed=5, keep=task.keeper(config))
+    logged = [row["rm/loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")]
+    objective, batch = reward_model.build_objective(numbers, network), reward_model.batches_of(numbers, data, 5)
+    lengths, widths = data.segment_ids.sum(axis=-1).max(axis=-1), set()
+    assert len(logged) == 24
+    for step, loss in enumerate(logged):
+        rows = alike_batch_indices(5, step, lengths=lengths, batch_size=4)
+        total, weight, _ = objective(params, jax.tree.map(lambda x, rows=rows: x[rows], data))
+        assert loss == pytest.approx(float(total / weight), rel=1e-5)
+        widths.add(batch(step).tokens.shape[-1])
+        assert batch(step).segment_ids.sum() == data.segment_ids[rows].sum()
+    assert {16, 32} <= widths <= {16, 32, 48, 64}
+    rows = batch_indices(5, 1, num_examples=48, batch_size=4)
+    plain = reward_model.batches_of(dataclasses.replace(numbers, buckets=0), data, 5)(1)
+    jax.tree.map(np.testing.assert_array_equal, plain, jax.tree.map(lambda x: x[rows], data))
+
+
+@pytest.mark.parametrize("numbers", [{"buckets": -1}, {"buckets": 2, "ensemble": 2}])
+def test_buckets_that_cannot_be_are_refused_at_once(tmp_path, numbers):
+    config = reward_model.Config(run=tmp_path / "run", reward=RewardModelConfig(**numbers))
+    with pytest.raises(SystemExit, match=r"nothing was started. Fix: 0 or more buckets"):
+        reward_model.main(config)
+    assert not config.run.exists()
 
 
 def test_an_ensemble_and_the_mean_of_its_weights(run, capsys, monkeypatch):

@@ -29,12 +29,24 @@ ACTS = ("sft", "reward_model", "ppo")
 KEYS = {"dataset", "seed", "seconds", "reward_model", "win_rate", "kl", "kl_target", "length", "nll", "controls"}
 
 
+def test_programs_are_kept_where_no_other_folder_was_named(monkeypatch, tmp_path):
+    named = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(acts, "CACHE", str(tmp_path))
+    acts.keep_programs()
+    assert jax.config.jax_compilation_cache_dir == named != str(tmp_path)
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        acts.keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", named)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for name, value in {"DEMONSTRATIONS": 400, "RANKINGS": 32, "PROMPTS": 128, "HELD_OUT": 20}.items():
         patch.setattr(task, f"NUM_{name}", value)
-    patch.setattr(rlhf, "CACHE", "")
     network = SFTConfig(num_epochs=1, model_dim=16, num_heads=2, mlp_dim=16, num_layers=1)
     run = tmp_path_factory.mktemp("runs") / "tiny"
     yield rlhf.Config(
