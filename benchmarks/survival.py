@@ -1,10 +1,11 @@
-"""What surviving costs: the default run's steps with and without guards, checks and checkpoints, in turns.
+"""What surviving costs: the default run's steps with and without their guard, and what checks and checkpoints take beside them.
 
     python benchmarks/survival.py
 
-A block is as many steps as lie between two checkpoints (the one save included), at the sizes of `rlhf.py`; plain and guarded
-blocks alternate, and what counts is the ratio of each pair. Prints one JSON line for act 1, one for act 3, and one for the
-fingerprint of a gigabyte. Two CPU cores, about ten minutes; other work on the machine blurs the ratios, not their median.
+Plain and guarded steps alternate, at the sizes of `rlhf.py`; what counts is the ratio of each pair. A block is as many steps as
+lie between two checkpoints; `beside` is what it spends, over what its steps take, on checks and its one save, which is waited
+for here and not in a run. Prints one JSON line for act 1, one for act 3, and one for the fingerprint of a gigabyte.
+Two CPU cores, three minutes.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from rlhf_jax.models import transformer
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.objectives import sft as sft_objective
 from rlhf_jax.runtime.fingerprint import fingerprint
-from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import guarded, resumable
 from rlhf_jax.runtime.sharding import make_mesh, shard_batch
 from rlhf_jax.training.optimizers import adam_optimizer
@@ -39,51 +39,51 @@ from rlhf_jax.training.train_step import init_train_state, make_train_step
 from rlhf_jax.types import Frozen
 
 
-def plain_block(step_fn, state, batches, run, num_steps):
-    """Steps and their log, nothing else."""
-    with MetricLog(run / "metrics.jsonl", "act", num_steps, show={}) as log:
+def block(step_fn, state, batches, run, num_steps):
+    """Steps inside `resumable`, whose one save is waited for; the state, and seconds beside the steps and of them."""
+    begin, computing = time.perf_counter(), 0.0
+    with resumable(run, "act", state, save_every=num_steps) as kept:
         for step in range(num_steps):
-            state, metrics = step_fn(state, next(batches))
-            log.write(step, metrics, tokens=1)
-    return state
-
-
-def surviving_block(step_fn, state, batches, run, num_steps):
-    """The same inside `resumable`; its one save is waited for."""
-    with (
-        resumable(run, "act", state, save_every=num_steps) as kept,
-        MetricLog(kept.log_to, "act", num_steps, show={}) as log,
-    ):
-        for step in range(num_steps):
+            start = time.perf_counter()
             batch = kept.batch(step, next(batches))
-            state, metrics = step_fn(state, batch)
-            log.write(step, kept.check(step, state, metrics, batch), tokens=1)
+            state, metrics = jax.block_until_ready(step_fn(state, batch))
+            computing += time.perf_counter() - start
+            kept.check(step, state, metrics, batch)
             kept.finish(step, state)
-    return state
+    return state, time.perf_counter() - begin - computing, computing
 
 
-def compare(name, step_fn, state, batches, *, num_steps, num_pairs):
-    """Seconds of both kinds of blocks, in turns."""
-    kinds = {
-        "plain": (plain_block, jax.jit(step_fn, donate_argnums=0)),
-        "surviving": (surviving_block, jax.jit(guarded(step_fn), donate_argnums=0)),
-    }
-    seconds = {kind: [] for kind in kinds}
+def in_turns(step_fns, state, batches, num_pairs):
+    """Seconds of a step of each kind, after a first one of each that compiles."""
+    seconds = {kind: [] for kind in step_fns}
     for i in range(-1, num_pairs):
-        for kind in list(kinds)[:: 1 if i % 2 else -1]:
-            block, jitted = kinds[kind]
-            with tempfile.TemporaryDirectory() as folder:
-                begin = time.monotonic()
-                state = jax.block_until_ready(block(jitted, state, batches, Path(folder), num_steps if i >= 0 else 2))
-                if i >= 0:  # the first pair compiles
-                    seconds[kind].append(time.monotonic() - begin)
-    ratios = sorted(b / a for a, b in zip(*seconds.values(), strict=True))
-    medians = {f"{kind}_seconds": round(statistics.median(times), 3) for kind, times in seconds.items()}
-    line = {"what": name, "steps": num_steps, "pairs": num_pairs, **medians}
-    print(json.dumps(line | {"ratio": round(statistics.median(ratios), 4), "ratios": [round(r, 3) for r in ratios]}))
+        for kind in list(step_fns)[:: 1 if i % 2 else -1]:
+            batch, begin = next(batches), time.perf_counter()
+            state, _ = jax.block_until_ready(step_fns[kind](state, batch))
+            if i >= 0:
+                seconds[kind].append(time.perf_counter() - begin)
+    return state, seconds
 
 
-def main(num_pairs):
+def compare(name, step_fn, state, batches, *, num_steps, num_blocks, num_pairs):
+    """What the guard inside the step costs, and what checks and a save cost beside `num_steps` of them."""
+    step_fns = {kind: jax.jit(f, donate_argnums=0) for kind, f in (("plain", step_fn), ("guarded", guarded(step_fn)))}
+    state, seconds = in_turns(step_fns, state, batches, num_pairs)
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    shares = []
+    for i in range(-1, num_blocks):
+        with tempfile.TemporaryDirectory() as folder:
+            size = num_steps if i >= 0 else 1
+            state, beside, computing = block(step_fns["guarded"], state, batches, Path(folder), size)
+            if i >= 0:  # the first save compiles
+                shares.append(beside / computing)
+    line = {"what": name, "steps": num_steps, "step_seconds": round(statistics.median(seconds["plain"]), 4)}
+    quartiles = statistics.quantiles(ratios)
+    line |= {"guarded / plain step": round(quartiles[1], 4), "its quartiles": [round(quartiles[i], 4) for i in (0, 2)]}
+    print(json.dumps(line | {"beside": round(statistics.median(shares), 4), "all": [round(x, 4) for x in shares]}))
+
+
+def main(num_blocks):
     """Both acts and the fingerprint."""
     mesh, config, numbers = make_mesh(), task.TaskConfig(), sft.SFTConfig()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def main(num_pairs):
     optimizer = adam_optimizer(1e-4)
     step_fn = make_train_step(sft_objective(transformer.causal_model(network)), optimizer)
     state = init_train_state(jax.tree.map(jnp.copy, params), optimizer)
-    options = {"num_steps": numbers.save_every, "num_pairs": num_pairs}
+    options = {"num_blocks": num_blocks, "num_steps": numbers.save_every, "num_pairs": 60}
     compare("act 1", step_fn, state, batches(rows, numbers.batch_size), **options)
 
     numbers = ppo.PPOConfig(learning_rate=1e-5)
@@ -110,7 +110,7 @@ def main(num_pairs):
     state = init_ppo_state(params, critic_from_trunk(params, network.model_dim), optimizer, kl_coef=numbers.kl_coef)
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
     key = jax.random.key(2)
-    options = {"num_steps": numbers.save_every, "num_pairs": num_pairs}
+    options = {"num_blocks": num_blocks, "num_steps": numbers.save_every, "num_pairs": 15}
     compare(
         "act 3",
         lambda state, batch: iteration(frozen, state, PPOBatch(batch), key),
@@ -129,5 +129,5 @@ def main(num_pairs):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=5)
-    main(parser.parse_args().pairs)
+    parser.add_argument("--blocks", type=int, default=5)
+    main(parser.parse_args().blocks)

@@ -70,7 +70,7 @@ def train(config: Config, tokenizer: Tokenizer, network: rl.TransformerConfig, p
     """Roll out, score on the host, learn; returns the trained parameters."""
     settings, name, mesh, root = config.grpo, config.grpo.method, rl.make_mesh(), jax.random.key(config.seed)
     options = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    optimizer, sample, experience, update = build(settings, lengths_of(config), network, **options)
+    optimizer, sample, reference, experience, update = build(settings, lengths_of(config), network, **options)
     weights = jnp.asarray([1.0, config.form_weight])
     limits = {"time_limit": config.time_limit, "mask_failures": config.mask_failures}
     state, step = rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef), 0
@@ -88,12 +88,13 @@ def train(config: Config, tokenizer: Tokenizer, network: rl.TransformerConfig, p
                 batch = kept.batch(step, rl.shard_batch(batch, mesh))
                 sample_key, update_key = jax.random.split(jax.random.fold_in(root, step))
                 generation = sample(state.params["policy"], batch, sample_key)
+                ref_logprobs = reference(policy, generation)  # devices compute them while the host rewards
                 texts = sampling.completions(tokenizer, generation)
                 each = np.repeat(rows, settings.group_size)
                 scored = score(problems, each, texts, where=f"{name} step {step}", **limits)
                 total = rl.weighted_sum(jnp.asarray(scored.scores), weights, jnp.asarray(scored.mask))
                 total = rl.fill_missing(total, jnp.asarray(scored.rows), group_size=settings.group_size)
-                data, rollout = experience(state, policy, generation, total, jnp.asarray(scored.rows))
+                data, rollout = experience(state, ref_logprobs, generation, total, jnp.asarray(scored.rows))
                 state, learned = update(state, data, None, rollout["objective/kl"], update_key)
                 metrics = kept.check(step, state, {**rollout, **scored.metrics, **learned}, batch)
                 log.write(step, metrics, tokens=int(generation.completion_mask.sum()))

@@ -64,6 +64,9 @@ def make_policy_experience_fn(
 ) -> ExperienceFn:
     """Build `experience(params, ref_params, generation, scores [B], kl_coef) -> (Experience, metrics)`.
 
+    It takes `ref_logprobs=` `[B, T]`, too, where they are known already: a loop whose scores are made on the host has the
+    device compute them meanwhile. `ref_params` then plays no part.
+
     Args:
       model: the policy's functions.
       advantages_fn: see the table above.
@@ -76,13 +79,19 @@ def make_policy_experience_fn(
     """
 
     def experience(
-        params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array
+        params: Params,
+        ref_params: Params,
+        generation: Generation,
+        scores: jax.Array,
+        kl_coef: jax.Array,
+        ref_logprobs: jax.Array | None = None,
     ) -> tuple[Experience, Metrics]:
         del params
         mask = generation.completion_mask
-        ref_logprobs = sequence_token_logprobs(
-            model, ref_params, generation.tokens, generation.segment_ids, mask, temperature=temperature
-        )
+        if ref_logprobs is None:
+            ref_logprobs = sequence_token_logprobs(
+                model, ref_params, generation.tokens, generation.segment_ids, mask, temperature=temperature
+            )
         kl_coef = kl_coef if kl_in_reward else jnp.zeros(())
         rewards = shape_rewards(scores, generation.logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         metrics = rollout_metrics(generation, scores, ref_logprobs, kl_coef)

@@ -6,6 +6,7 @@ import json
 import re
 
 import gsm8k
+import gsm8k_iteration
 import gsm8k_problems
 import jax
 import numpy as np
@@ -72,8 +73,31 @@ def _a_form_that_bytes_by_chance_have():
 
 
 @pytest.fixture(scope="module")
-def report(config):
+def calls():
+    """What the host starts of an iteration, in order."""
+    seen, patch = [], pytest.MonkeyPatch()
+
+    def noted(name, function):
+        return lambda *args, **options: (seen.append(name), function(*args, **options))[1]
+
+    def build(*args, **options):
+        optimizer, sample, *rest = gsm8k_iteration.build(*args, **options)
+        names = ("reference", "experience", "update")
+        return optimizer, sample, *(noted(name, part) for name, part in zip(names, rest, strict=True))
+
+    patch.setattr(gsm8k, "build", build)
+    patch.setattr(gsm8k, "score", noted("score", gsm8k_problems.score))
+    yield seen
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def report(config, calls):
     return gsm8k.main(config)
+
+
+def test_devices_have_the_reference_to_compute_while_the_host_rewards(report, calls):
+    assert calls == ["reference", "score", "experience", "update"] * SETTINGS.num_iterations
 
 
 def test_files_and_figures_follow_from_the_samples(config, report, capsys):

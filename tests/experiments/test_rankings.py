@@ -53,23 +53,24 @@ def ragged_rankings(num_prompts):
 
 
 def test_buckets_cut_padding_and_change_no_loss(tmp_path):
-    """Each step's rows, whole, have the loss that was logged of them cut; few widths, and none of a step is the default's."""
-    data, numbers = ragged_rankings(48), RewardModelConfig(num_epochs=2, batch_size=4, buckets=4, learning_rate=0.0)
+    """Each step's rows, whole, have the loss that was logged of them cut; two widths; without buckets the order is any."""
+    data, numbers = ragged_rankings(48), RewardModelConfig(num_epochs=1, batch_size=4, buckets=2, learning_rate=0.0)
     network = sft.network_config(NETWORK, 64)
     trunk = sft.transformer.init(jax.random.key(0), network)
     config = task.TaskConfig(run=tmp_path)
     params = reward_model.train(numbers, network, trunk, data, seed=5, keep=task.keeper(config))
     logged = [row["rm/loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")]
-    objective, batch = reward_model.build_objective(numbers, network), reward_model.batches_of(numbers, data, 5)
+    objective = jax.jit(reward_model.build_objective(numbers, network))
+    batch = reward_model.batches_of(numbers, data, 5)
     lengths, widths = data.segment_ids.sum(axis=-1).max(axis=-1), set()
-    assert len(logged) == 24
+    assert len(logged) == 12
     for step, loss in enumerate(logged):
         rows = alike_batch_indices(5, step, lengths=lengths, batch_size=4)
         total, weight, _ = objective(params, jax.tree.map(lambda x, rows=rows: x[rows], data))
         assert loss == pytest.approx(float(total / weight), rel=1e-5)
         widths.add(batch(step).tokens.shape[-1])
         assert batch(step).segment_ids.sum() == data.segment_ids[rows].sum()
-    assert {16, 32} <= widths <= {16, 32, 48, 64}
+    assert widths == {32, 64}
     rows = batch_indices(5, 1, num_examples=48, batch_size=4)
     plain = reward_model.batches_of(dataclasses.replace(numbers, buckets=0), data, 5)(1)
     jax.tree.map(np.testing.assert_array_equal, plain, jax.tree.map(lambda x: x[rows], data))

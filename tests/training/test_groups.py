@@ -19,7 +19,14 @@ from rlhf_jax.functional import (
     token_mean,
 )
 from rlhf_jax.generation.generate import generate
-from rlhf_jax.objectives import of_policy, pair_token_logprobs, policy_gradient, preference, sft
+from rlhf_jax.objectives import (
+    of_policy,
+    pair_token_logprobs,
+    policy_gradient,
+    preference,
+    sequence_token_logprobs,
+    sft,
+)
 from rlhf_jax.training.choices import make_best_of_experience_fn, make_pair_experience_fn
 from rlhf_jax.training.groups import (
     make_policy_experience_fn,
@@ -55,6 +62,20 @@ def rollout():
 def experience_of(rollout, advantages_fn, **options):
     experience_fn = jax.jit(make_policy_experience_fn(MODEL, advantages_fn, **options))
     return experience_fn(None, tiny.init_params(5), *rollout, jnp.asarray(0.2))
+
+
+def test_log_probs_of_the_reference_that_are_known_take_its_place(rollout):
+    """The same experience, computed without the reference; other log-probs give another one."""
+    options = {"kl_in_reward": True, "group_size": G, "temperature": 0.7}
+    generation, scores = rollout
+    experience_fn = make_policy_experience_fn(MODEL, per_completion(leave_one_out, group_size=G), **options)
+    expected = experience_of(rollout, per_completion(leave_one_out, group_size=G), **options)
+    rows = generation.tokens, generation.segment_ids, generation.completion_mask
+    known = sequence_token_logprobs(MODEL, tiny.init_params(5), *rows, temperature=0.7)
+    found = jax.jit(experience_fn)(None, None, generation, scores, jnp.asarray(0.2), known)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    other, _ = jax.jit(experience_fn)(None, None, generation, scores, jnp.asarray(0.2), 2 * known)
+    assert np.abs(other.advantages - found[0].advantages).max() > 0.1
 
 
 def test_rloo_has_the_kl_in_the_score_before_the_baseline(rollout):
