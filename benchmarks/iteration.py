@@ -3,8 +3,8 @@
     python benchmarks/iteration.py --picture docs/where_time_goes.png
 
 Prints one JSON line a network: seconds of each part (median of repeats taken in turns), and of the whole. Random weights, no
-end of sequence, so that every row has its full length; two epochs of four minibatches; policy, critic, reference and reward model
-of one size, float32. `decode` is what sampling takes beyond its first token. Two CPU cores, about five minutes.
+end of sequence, so that every row has its full length; two epochs of four minibatches; policy, critic, reference and reward
+model of one size, float32. `decode` is what sampling takes beyond its first token. Two CPU cores, about five minutes.
 """
 
 import argparse

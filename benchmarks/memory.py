@@ -12,6 +12,7 @@ import dataclasses
 import json
 import statistics
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +64,13 @@ def megabytes(step):
     return round(step.memory_analysis().temp_size_in_bytes / 1e6, 1)
 
 
-def in_turns(steps, batch, repeats):
-    """Seconds of each step, one after the other, `repeats` times after a first one that does not count."""
-    seconds = {name: [] for name in steps}
+def in_turns(runs, repeats):
+    """Seconds of each run, one after the other, `repeats` times after a first one that does not count."""
+    seconds = {name: [] for name in runs}
     for i in range(repeats + 1):
-        for name, (params, step) in steps.items():
+        for name, run in runs.items():
             begin = time.perf_counter()
-            jax.block_until_ready(step(params, batch))
+            jax.block_until_ready(run())
             if i:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
@@ -87,14 +88,18 @@ def memory(width=16, num_rows=16, length=512):
 
 
 def per_token(width=16, vocab_size=8_192, length=256, largest_plain=16_384):
-    """Microseconds a token over the tokens of a step."""
+    """Microseconds a token over the tokens of a step, all steps in turns."""
+    runs = {}
     for num_tokens in (1_024, 4_096, 16_384, 65_536):
         batch = texts(num_tokens // length, length, vocab_size)
         sizes = {"chunked": LOGITS // vocab_size} | ({"plain": None} if num_tokens <= largest_plain else {})
-        steps = {name: compiled(network(vocab_size, width, logits_chunk=size), batch) for name, size in sizes.items()}
-        seconds = in_turns(steps, batch, repeats=3)
-        micro = {name: round(1e6 * statistics.median(times) / num_tokens, 1) for name, times in seconds.items()}
-        print(json.dumps({"what": "microseconds a token", "vocabulary": vocab_size, "tokens": num_tokens, **micro}))
+        for name, size in sizes.items():
+            params, step = compiled(network(vocab_size, width, logits_chunk=size), batch)
+            runs[num_tokens, name] = partial(step, params, batch)
+    for (num_tokens, name), times in in_turns(runs, repeats=9).items():
+        micro = [round(1e6 * seconds / num_tokens, 1) for seconds in statistics.quantiles(times)]
+        line = {"what": "microseconds a token, quartiles", "vocabulary": vocab_size, "tokens": num_tokens}
+        print(json.dumps(line | {name: micro}), flush=True)
 
 
 def bonus(model):
@@ -116,10 +121,11 @@ def whole_steps(repeats):
             for prompt in (0, 3 * length // 4):
                 batch = texts(num_rows, length, vocab_size, prompt)
                 sizes = {"plain": None, **{f"{n} columns": n * num_rows for n in (4, 16)}}
-                steps = {
-                    key: compiled(network(vocab_size, width, 2, size), batch, objective) for key, size in sizes.items()
-                }
-                seconds = in_turns(steps, batch, repeats)
+                runs = {}
+                for key, size in sizes.items():
+                    params, step = compiled(network(vocab_size, width, 2, size), batch, objective)
+                    runs[key] = partial(step, params, batch)
+                seconds = in_turns(runs, repeats)
                 ratios = {
                     key: round(statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True)), 3)
                     for key, times in seconds.items()

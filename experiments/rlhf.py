@@ -56,7 +56,8 @@ class Config(task.TaskConfig):
 def play_sft(config: Config, run: Path) -> None:
     """Act 1."""
     tokenizer, demonstrations, _ = task.load_demonstrations(config, run)
-    policy = sft.start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
+    how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
+    policy = sft.start(config.sft, tokenizer, model=config.model, **how)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
     keep = task.keeper(config)
     params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, keep=keep)

@@ -73,18 +73,24 @@ def network_config(config: SFTConfig, vocab_size: int) -> TransformerConfig:
     )
 
 
-def computed(network: TransformerConfig, dtype: str) -> TransformerConfig:
-    """The network in this dtype, with the best attention that this machine has."""
+def computed(network: TransformerConfig, dtype: str, logits_chunk: int | None = None) -> TransformerConfig:
+    """The network in this dtype, with the best attention that this machine has, its logits in chunks."""
     attention_fn = best_for(jax.devices()[0], dtype=dtype, head_dim=network.head_dim)
-    return dataclasses.replace(network, dtype=dtype, attention_fn=attention_fn)
+    return dataclasses.replace(network, dtype=dtype, attention_fn=attention_fn, logits_chunk=logits_chunk)
 
 
 def start(
-    config: SFTConfig, tokenizer: Tokenizer, *, model: Path | None, seed: int, dtype: str = "float32"
+    config: SFTConfig,
+    tokenizer: Tokenizer,
+    *,
+    model: Path | None,
+    seed: int,
+    dtype: str = "float32",
+    logits_chunk: int | None = None,
 ) -> Pretrained:
     """What act 1 starts from: the checkpoint in the folder `model`, or random weights."""
     if model is None:
-        network = computed(network_config(config, tokenizer.vocab_size), dtype)
+        network = computed(network_config(config, tokenizer.vocab_size), dtype, logits_chunk)
         return Pretrained(network, transformer.init(jax.random.key(seed), network), huggingface.llama_config(network))
     loaded = huggingface.load(model)
     if tokenizer.vocab_size > loaded.config.vocab_size:
@@ -93,7 +99,7 @@ def start(
             "rows; nothing was started. Fix: the weights and the tokenizer of one model"
         )
     print(f"{model}: {sum(x.size for x in jax.tree.leaves(loaded.params)):,} parameters")
-    return loaded._replace(config=computed(loaded.config, dtype))
+    return loaded._replace(config=computed(loaded.config, dtype, logits_chunk))
 
 
 def batches(data, batch_size: int) -> Iterator:
@@ -133,7 +139,7 @@ def train(
 
 def save(run: Path, tokenizer: Tokenizer, policy: Pretrained) -> None:
     """Keep the policy of act 1; its network is described as a Hugging Face checkpoint describes it."""
-    how = {"unroll": policy.config.unroll, "dtype": policy.config.dtype}
+    how = {name: getattr(policy.config, name) for name in ("unroll", "dtype", "logits_chunk")}
     notes = {"hf_config": policy.hf_config, **how, "tokenizer": tokenizer.fingerprint}
     checkpoint.save(run / "sft", 0, policy.params, notes=notes)
     forget(run, "sft")
@@ -145,7 +151,7 @@ def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
     if notes["tokenizer"] != tokenizer.fingerprint:
         raise ValueError(f"{run / 'tokenizer'} is not the tokenizer that the policy in {run / 'sft'} was trained with")
     network = dataclasses.replace(huggingface.transformer_config(notes["hf_config"]), unroll=notes["unroll"])
-    network = computed(network, notes.get("dtype", "float32"))  # older runs knew one
+    network = computed(network, notes.get("dtype", "float32"), notes.get("logits_chunk"))  # older runs knew one of each
     like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
     return tokenizer, network, checkpoint.restore(run / "sft", like)
 
@@ -158,7 +164,8 @@ def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Para
         if there:
             raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
         tokenizer = load_tokenizer(config.model)
-        policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
+        how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
+        policy = start(SFTConfig(), tokenizer, model=config.model, **how)
         if is_first():
             save_tokenizer(tokenizer, run / "tokenizer")
         meet("tokenizer")
@@ -175,7 +182,8 @@ def main(config: Config) -> None:
     if is_played(run, "sft", resume=config.resume):
         return
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
-    policy = start(config.sft, tokenizer, model=config.model, seed=config.seed, dtype=config.dtype)
+    how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
+    policy = start(config.sft, tokenizer, model=config.model, **how)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
     network = policy.config
     params = train(config.sft, network, policy.params, rows, seed=config.seed, keep=task.keeper(config))

@@ -51,6 +51,8 @@ class TaskConfig:
     """Hugging Face folder of weights and tokenizer to start from; none = random weights, and a tokenizer made here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; parameters stay float32."""
+    logits_chunk: int | None = None
+    """Tokens whose logits exist at a time in losses and scoring, for large vocabularies; none = all. Act 1's, kept with it."""
     vocab_size: int = 1024
     """Of the tokenizer made here."""
     prompt_length: int = 16

@@ -1,5 +1,8 @@
 """`--model DIRECTORY` and back: acts that start from a checkpoint, and what they leave as one."""
 
+import dataclasses
+from functools import partial
+
 import acts
 import evaluate
 import export
@@ -18,6 +21,7 @@ from rlhf_jax.models import huggingface, transformer
 from rlhf_jax.models.heads import init_reward_head
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
+from rlhf_jax.types import SequenceBatch
 
 SHAPE = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mlp_dim": 24}
 LENGTHS = {"prompt_length": 40, "response_length": 12, "row_length": 96}
@@ -72,6 +76,21 @@ def test_act_3_from_foreign_checkpoints(run, folders):
     moved = checkpoint.restore(run / "ppo", jax.eval_shape(lambda: reference))
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), moved, reference)))
     assert network.vocab_size == tokenizer.vocab_size + 3
+
+
+def test_logits_in_chunks_are_kept_with_the_policy(folders, tmp_path):
+    """`--logits-chunk`: later acts find it in act 1's folder; loss and gradient are those of all logits at once."""
+    sft.take_up(sft.Config(run=tmp_path / "run", model=folders[0], logits_chunk=5, **LENGTHS))
+    _, network, params = sft.load(tmp_path / "run")
+    assert network.logits_chunk == 5
+    tokens = jax.random.randint(jax.random.key(0), (3, 9), 0, network.vocab_size)
+    batch = SequenceBatch(tokens, jnp.ones_like(tokens), tokens % 3 > 0)
+
+    def loss(network):
+        return jax.jit(jax.value_and_grad(lambda params: sft.sft(transformer.causal_model(network))(params, batch)[0]))
+
+    chunked, whole = (loss(dataclasses.replace(network, logits_chunk=size))(params) for size in (5, None))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), chunked, whole)
 
 
 def test_policies_are_kept_on_the_way(run, folders):
