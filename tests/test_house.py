@@ -124,6 +124,7 @@ def test_only_source_is_tracked():
     if listed.returncode:
         pytest.skip("not a git checkout")
     known = {".py", ".md", ".toml", ".txt", ".ipynb", ".typed"}
-    names = [name for name in listed.stdout.splitlines() if not re.fullmatch(r"tests/golden/\w+\.json", name)]
+    kept = re.compile(r"tests/golden/\w+\.json|docs/\w+\.png")
+    names = [name for name in listed.stdout.splitlines() if not kept.fullmatch(name)]
     odd = [name for name in names if Path(name).suffix not in known]
     assert sorted(odd) == [".ci/run", ".gitignore", "LICENSE"]
