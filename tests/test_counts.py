@@ -1,5 +1,7 @@
 """What the compiled programs cost, counted and not timed: traces, operations, bytes, temporaries, transfers to the host."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -101,6 +103,16 @@ def test_nothing_is_traced_twice_and_nothing_leaves_the_device(played):
     assert traces == 1
     text = program.as_text()
     assert not [word for word in ("callback", "infeed", "outfeed", " send(", " recv(") if word in text]
+
+
+def test_an_iteration_names_its_parts_in_a_trace(played):
+    """Nearly every operation that has a name has one of a part: a trace says where the time goes."""
+    name, _, program = played
+    if name == "PPO iteration":
+        paths = re.findall(r'op_name="jit\(counted\)/([^"]*)"', program.as_text())
+        found = Counter(path.split("/")[0] for path in paths)
+        assert min(found[part] for part in ("sample", "score", "experience", "update")) > 10
+        assert sum(found[part] for part in ("sample", "score", "experience", "update")) > 0.95 * len(paths)
 
 
 @pytest.mark.skipif(jax.__version_info__[:2] != (0, 10), reason="the ceilings are of XLA in jax 0.10")

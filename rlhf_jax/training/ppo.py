@@ -163,7 +163,7 @@ def make_ppo_iteration(
     Pure: jit it with `donate_argnames="state"`, vmap it over seeds (`in_axes=(None, 0, None, 0)`) or run its four parts one
     by one with a Python reward in the middle. `functools.partial(jax.jit(iteration), frozen)` is the form
     `(state, batch, key) -> (state, metrics)`; the frozen models are an argument so that they are neither baked into the
-    program nor stored with the state.
+    program nor stored with the state. In traces, operations are named after `sample`, `score`, `experience` and `update`.
 
     Args:
       sample_fn: `(policy_params, prompts, key) -> Generation`.
@@ -176,7 +176,8 @@ def make_ppo_iteration(
 
     def iteration(frozen: Frozen, state: PPOState, batch: PPOBatch, key: jax.Array) -> tuple[PPOState, Metrics]:
         sample_key, update_key = jax.random.split(key)
-        generation = sample_fn(state.params["policy"], batch.prompts, sample_key)
+        with jax.named_scope("sample"):
+            generation = sample_fn(state.params["policy"], batch.prompts, sample_key)
         return learn(frozen, state, generation, batch.demonstrations, update_key)
 
     return iteration
@@ -195,9 +196,12 @@ def make_learn(
     def learn(
         frozen: Frozen, state: PPOState, generation: Generation, demonstrations: SequenceBatch | None, key: jax.Array
     ) -> tuple[PPOState, Metrics]:
-        scores = score_fn(frozen, generation)
-        experience, metrics = experience_fn(state.params, frozen.ref_params, generation, scores, state.kl_coef)
-        state, learned = update_fn(state, experience, demonstrations, metrics["objective/kl"], key)
+        with jax.named_scope("score"):
+            scores = score_fn(frozen, generation)
+        with jax.named_scope("experience"):
+            experience, metrics = experience_fn(state.params, frozen.ref_params, generation, scores, state.kl_coef)
+        with jax.named_scope("update"):
+            state, learned = update_fn(state, experience, demonstrations, metrics["objective/kl"], key)
         return state, {**metrics, **learned}
 
     return learn
