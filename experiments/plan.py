@@ -33,6 +33,7 @@ from rlhf_jax.runtime.topology import (
     device_bytes,
     device_flops,
     device_memory,
+    host_bytes,
     program_memory,
     topology_devices,
     wanted_memory,
@@ -72,6 +73,8 @@ class Config:
     """Of reference and reward model, and of a rollout alone."""
     shared_critic: bool = False
     """PPO's critic is a head on the policy."""
+    offload: bool = False
+    """PPO's reference and reward model wait in the hosts' memory; their layers come one at a time."""
     json: Path | None = None
     """File for the figures."""
 
@@ -105,7 +108,7 @@ def build(config: Config, devices: list[jax.Device], *, plain: bool = False) -> 
             f"Fix: --batch {-(-config.batch // (steps * parts)) * steps * parts}, or more of the devices in --tensor"
         )
     names = ("batch", "prompt_length", "completion_length", "num_minibatches", "num_micro_batches")
-    options = {name: getattr(config, name) for name in (*names, "frozen_dtype", "shared_critic")}
+    options = {name: getattr(config, name) for name in (*names, "frozen_dtype", "shared_critic", "offload")}
     stage = STAGES[config.stage](Setting(shape, mesh, **options))
     return stage._replace(rows=config.batch // (steps * parts))
 
@@ -143,7 +146,9 @@ def plan(config: Config) -> Plan:
     stage, plain = build(config, devices), build(config, devices, plain=True)
     held = {name: device_bytes(arrays) for name, arrays in stage.held.items()}
     capacity, parts = device_memory(config.topology), []
-    result = Plan(config.topology, len(devices), capacity, held, device_bytes(stage.cache), stage.rows, parts)
+    waiting = sum(host_bytes(arrays) for arrays in stage.held.values())
+    cache = device_bytes(stage.cache)
+    result = Plan(config.topology, len(devices), capacity, held, waiting, cache, stage.rows, parts)
     for program, counted in zip(stage.programs, plain.programs, strict=True):
         if result.fits is False:
             break

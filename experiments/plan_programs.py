@@ -52,6 +52,7 @@ class Setting(NamedTuple):
     num_micro_batches: int
     frozen_dtype: str
     shared_critic: bool
+    offload: bool
 
     @property
     def length(self) -> int:
@@ -62,6 +63,11 @@ class Setting(NamedTuple):
         """Declared arrays, in their shardings."""
         shapes = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs, is_leaf=is_spec)
         return abstract(shapes, rl.named_shardings(specs, self.mesh))
+
+    def frozen(self, specs: Any) -> Any:
+        """What a PPO iteration only reads, where it waits."""
+        arrays = self.arrays(specs, self.frozen_dtype)
+        return abstract(arrays, rl.on_host(shardings_of(arrays))) if self.offload else arrays
 
     def state(self, init: Callable, specs: Any) -> Any:
         """`init(params)`, where `init_sharded` would put it."""
@@ -139,11 +145,14 @@ def ppo(setting: Setting) -> Stage:
     optimizer = rl.ppo_optimizer(1e-6)
     state = setting.state(lambda params: rl.init_ppo_state(params["policy"], params["critic"], optimizer), both)
     number = setting.whole(jax.ShapeDtypeStruct((), jnp.float32))
-    reference, rewards = (setting.arrays(tree, setting.frozen_dtype) for tree in (specs, scorer))
+    reference, rewards = (setting.frozen(tree) for tree in (specs, scorer))
     frozen = rl.Frozen(reference, rewards, number, number)
     score, experience_fn = rl.make_score_fn(model), rl.make_experience_fn(model, critic)
 
     def evaluate(params, frozen, generation, kl_coef):
+        if setting.offload:
+            parts = {name: rl.stream(getattr(frozen, name)) for name in ("ref_params", "reward_params")}
+            frozen = frozen.replace(**parts)
         scores = score(frozen, generation)
         return experience_fn(params, frozen.ref_params, generation, scores, kl_coef)
 

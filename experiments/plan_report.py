@@ -43,6 +43,8 @@ class Plan:
     """None: of a CPU, which is not asked."""
     held: dict[str, int]
     """What is there all the time."""
+    waiting: int
+    """What is in the host's memory instead."""
     cache: int
     """The KV cache of a rollout, one of its temporaries."""
     rows: int
@@ -108,6 +110,8 @@ def show(config: Any, plan: Plan) -> None:
     for name, size in {**plan.held, "together": sum(plan.held.values())}.items():
         held.add_row(name, _gib(size))
     console.print(held)
+    if plan.waiting:
+        console.print(f"{_gib(plan.waiting)} GiB for each device wait in the memory of its host.")
     table = _table("on each device while a program runs", "", *(part.name for part in plan.parts))
     for name in ("arguments", "outputs", "temporaries", "code"):
         sizes = ("?" if part.memory is None else _gib(getattr(part.memory, name)) for part in plan.parts)
@@ -158,6 +162,8 @@ def _less_held(config: Any, held: dict[str, int]) -> list[str]:
     tips, frozen = [], held.get("reference", 0) + held.get("reward model", 0)
     if config.frozen_dtype == "float32" and frozen:
         tips.append(f"--frozen-dtype bfloat16 saves {_gib(frozen / 2)} GiB")
+    if config.stage == "ppo" and not config.offload:
+        tips.append(f"--offload saves most of {_gib(frozen)} GiB")
     if config.stage == "ppo" and not config.shared_critic:
         tips.append(
             f"--shared-critic saves {_gib(held['critic'] + held['moments'] / 2)} GiB, and as many gradients as critic"

@@ -95,6 +95,7 @@ from rlhf_jax.models.heads import (
     sequence_attributes,
     sequence_scores,
 )
+from rlhf_jax.models.offload import on_host, stream
 from rlhf_jax.models.ring_attention import ring_attention_on
 from rlhf_jax.models.transformer import TransformerConfig, causal_model
 from rlhf_jax.models.uncached import uncached_model
@@ -303,6 +304,7 @@ __all__ = [
     "normalize_rewards",
     "normalize_scores",
     "of_policy",
+    "on_host",
     "ordered_pairs",
     "orpo_loss",
     "pair_token_logprobs",
@@ -344,6 +346,7 @@ __all__ = [
     "standardize",
     "state_shardings",
     "step_reward_loss",
+    "stream",
     "subtract_missing_eos",
     "subtract_overlong",
     "sums_and_nll",

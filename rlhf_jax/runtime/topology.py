@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 GIB = 2**30
+HOST_MEMORIES = ("pinned_host", "unpinned_host")
+"""What JAX calls the memory of a device's host."""
 
 
 class Chip(NamedTuple):
@@ -104,8 +106,18 @@ def abstract(shapes: Any, shardings: Any) -> Any:
 
 def device_bytes(arrays: Any) -> int:
     """Bytes of `arrays` (abstract ones will do) on each device, by shapes and shardings; PRNG keys count as nothing."""
+    return _bytes(arrays, on_host=False)
+
+
+def host_bytes(arrays: Any) -> int:
+    """Bytes of `arrays` that are in the host's memory instead, for each device."""
+    return _bytes(arrays, on_host=True)
+
+
+def _bytes(arrays: Any, *, on_host: bool) -> int:
     kept = [x for x in jax.tree.leaves(arrays) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kept)
+    there = [x for x in kept if (x.sharding.memory_kind in HOST_MEMORIES) == on_host]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in there)
 
 
 class Memory(NamedTuple):

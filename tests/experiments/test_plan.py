@@ -13,7 +13,7 @@ from plan_report import Part, Plan
 import rlhf_jax as rl
 from rlhf_jax.models.parameters import is_spec, num_params
 from rlhf_jax.runtime.sharding import constrain_on
-from rlhf_jax.runtime.topology import GIB, Memory
+from rlhf_jax.runtime.topology import GIB, Memory, device_bytes, host_bytes
 
 SMALL = plan.Config(
     model="tiny",
@@ -99,6 +99,23 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(change, mes
         plan.plan(dataclasses.replace(SMALL, **change))
 
 
+PPO = dataclasses.replace(SMALL, stage="ppo", offload=True)
+
+
+def test_frozen_layers_wait_on_the_host():
+    """Bytes of the layers' matrices on each of two devices; the rest, and all that is trained, stays."""
+    held = plan.build(PPO, jax.devices()).held
+    network = plan_models.network("tiny")
+    heads = (2 * network.num_heads + 2 * network.num_kv_heads) * network.head_dim
+    matrices = network.num_layers * network.model_dim * (heads + 3 * network.mlp_dim)
+    for name in ("reference", "reward model"):
+        assert host_bytes(held[name]) == matrices * 2 // 2
+        assert 0 < device_bytes(held[name]) < matrices
+    assert not any(host_bytes(held[name]) for name in ("policy", "critic", "moments"))
+    there = plan.build(dataclasses.replace(PPO, offload=False), jax.devices()).held["reference"]
+    assert device_bytes(there) == device_bytes(held["reference"]) + host_bytes(held["reference"])
+
+
 def planned(topology="v5e:4x4", num_devices=16, held=4.0, update=11.0, given_up=False):
     memory = None if given_up else Memory(int(2 * GIB), 0, int((update - 2) * GIB), 0, int(update * GIB))
     parts = [Part("update", memory, GIB, int(update * GIB) if given_up else None, 1e12, 0.1, {}, 1.0)]
@@ -110,7 +127,7 @@ def planned(topology="v5e:4x4", num_devices=16, held=4.0, update=11.0, given_up=
         "reward model": held / 8,
     }
     capacity = int(15.75 * GIB)
-    return Plan(topology, num_devices, capacity, {k: int(v * GIB) for k, v in sizes.items()}, GIB, 1, parts)
+    return Plan(topology, num_devices, capacity, {k: int(v * GIB) for k, v in sizes.items()}, 0, GIB, 1, parts)
 
 
 def test_what_fits_is_the_program_that_needs_most_with_what_stays_beside_it():
@@ -125,7 +142,8 @@ def test_changes_are_proposed_where_it_does_not_fit(capsys):
     config = plan.Config(stage="ppo", topology="v5e:4x4", remat=False)
     assert plan_report.changes(config, planned()) == []
     tips = "\n".join(plan_report.changes(config, planned(update=20, given_up=True)))
-    for tip in ("--remat", "--tensor 2", "--shared-critic saves 1.5 GiB", "LoRA", "--topology v5e:4x8, 2 times"):
+    saved = ("--shared-critic saves 1.5 GiB", "--offload saves most of 1 GiB")
+    for tip in ("--remat", "--tensor 2", *saved, "LoRA", "--topology v5e:4x8, 2 times"):
         assert tip in tips
     assert "--num-micro-batches 2" in "\n".join(
         plan_report.changes(config, dataclasses.replace(planned(update=20), rows=2))
@@ -159,3 +177,16 @@ def test_the_compiler_for_tpus_takes_every_step(stage):
     found = plan.plan(dataclasses.replace(SMALL, stage=stage, topology="v5e:2x2", tensor=2, **size))
     assert found.fits
     assert all(part.collectives and part.seconds > 0 for part in found.parts)
+
+
+@pytest.mark.slow
+def test_the_compiler_for_tpus_leaves_waiting_layers_on_the_host():
+    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
+    size = {"batch": 8, "prompt_length": 128, "completion_length": 128, "num_micro_batches": 1}
+    config = dataclasses.replace(PPO, topology="v5e:2x2", **size)
+    here, waiting = (plan.plan(dataclasses.replace(config, offload=offload)) for offload in (False, True))
+    assert here.waiting == 0 < waiting.waiting
+    assert sum(here.held.values()) == sum(waiting.held.values()) + waiting.waiting
+    before, after = here.parts[1].memory, waiting.parts[1].memory
+    assert before.arguments - after.arguments == pytest.approx(waiting.waiting, rel=0.05)
+    assert after.total < before.total
