@@ -180,7 +180,7 @@ def _larger_slice(plan: Plan) -> list[str]:
     """The next slice on which what is always there leaves room."""
     family = plan.topology.partition(":")[0]
     for size in CHIPS[family].slices:
-        devices = CHIPS[family].devices * math.prod(map(int, size.split("x")))
+        devices = math.prod(map(int, size.split("x")))
         if devices > plan.num_devices and sum(plan.held.values()) * plan.num_devices / devices < 0.7 * plan.capacity:
             return [f"--topology {family}:{size}, {devices // plan.num_devices} times as many devices"]
     return []

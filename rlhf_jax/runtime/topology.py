@@ -22,14 +22,14 @@ class Chip(NamedTuple):
     """Most bfloat16 operations a second."""
     slices: tuple[str, ...]
     """Topologies that can be had, small ones first."""
-    devices: int = 1
-    """JAX devices that the compiler makes of a chip; each has its share of memory and speed."""
+    joined: bool = False
+    """It has two cores, which its compiler must be told to make one device of, as JAX does where the chip is."""
 
 
 _PLANE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 CHIPS = {
-    "v4": Chip(int(30.5 * GIB), 275e12, _CUBE, devices=2),
+    "v4": Chip(int(30.75 * GIB), 275e12, _CUBE, joined=True),
     "v5e": Chip(int(15.75 * GIB), 197e12, _PLANE),
     "v5p": Chip(int(95.74 * GIB), 459e12, _CUBE),
     "v6e": Chip(int(31.25 * GIB), 918e12, _PLANE),
@@ -75,8 +75,9 @@ def topology_devices(name: str) -> list[jax.Device]:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    options = {"chip_config_name": "megacore"} if CHIPS[family].joined else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
@@ -90,13 +91,13 @@ def _known() -> str:
 def device_memory(name: str) -> int | None:
     """Bytes that a program may use on each device of a topology; None for CPUs, which share their host's."""
     family = name.partition(":")[0]
-    return CHIPS[family].memory // CHIPS[family].devices if family in CHIPS else None
+    return CHIPS[family].memory if family in CHIPS else None
 
 
 def device_flops(name: str) -> float | None:
     """Most bfloat16 operations a second of each device of a topology; None for CPUs."""
     family = name.partition(":")[0]
-    return CHIPS[family].flops / CHIPS[family].devices if family in CHIPS else None
+    return CHIPS[family].flops if family in CHIPS else None
 
 
 def abstract(shapes: Any, shardings: Any) -> Any:

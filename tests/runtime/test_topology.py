@@ -1,6 +1,7 @@
 """Machines that are not here: names, messages, and bytes against arithmetic of the test's own."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 def test_chips_and_their_devices():
-    assert device_memory("v4:2x2x1") == CHIPS["v4"].memory // 2
+    assert device_memory("v4:2x2x1") == 30.75 * GIB
     assert device_memory("v5e:2x2") == 15.75 * GIB
     assert device_flops("v5p:2x2x1") == 459e12
     assert device_memory("cpu:2") is device_flops("cpu:2") is None
@@ -82,3 +83,18 @@ def test_bytes_of_shapes_are_bytes_of_arrays():
 )
 def test_what_a_compiler_wanted(message, wanted):
     assert wanted_memory(jax.errors.JaxRuntimeError(message)) == (wanted and int(wanted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CHIPS)
+def test_a_chip_is_a_device_of_a_mesh(family):
+    """Of the memory that its compiler names when it is asked for far too much."""
+    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
+    name = f"{family}:{CHIPS[family].slices[0]}"
+    mesh = rl.make_mesh(data=-1, devices=topology_devices(name))
+    assert mesh.size == 4
+    large = jax.ShapeDtypeStruct((400, 2**28), jnp.float32, sharding=replicated(mesh))
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.jit(lambda x: x + 1).lower(large).compile()
+    given = re.search(r"HBM \(([\d.]+)G\)", str(caught.value))
+    assert float(given[1]) == pytest.approx(device_memory(name) / GIB, abs=0.01)
