@@ -59,7 +59,8 @@ def make_mesh(
       devices: all of all processes by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or a process has none of them.
+      ValueError: the sizes do not multiply to the number of devices, a process has none of them, or a TPU slice's sides do
+        not give them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
@@ -82,7 +83,13 @@ def make_mesh(
     if free:
         sizes[free[0]] = len(devices) // known
     axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=axis_types)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=axis_types)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"a mesh of {sizes} would split a side of the slice between two axes ({error}). "
+            "Fix: every size a product of whole sides of the slice"
+        ) from error
 
 
 def named_shardings(specs: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

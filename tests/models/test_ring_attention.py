@@ -125,3 +125,10 @@ def test_where_there_is_no_ring(mesh):
     run(tokens, positions, segments, cache)
     run(tokens[:, :1], positions[:, :1], segments[:, :1], cache)
     assert set(told) == {(5, 5), (6, 8), (1, 8)}
+    told.clear()
+    for axes, count in (({"rows": ("sequence",)}, 1), ({"heads": "sequence"}, 2)):
+        undivided = ring_attention_on(mesh, otherwise=otherwise, **axes)
+        query, key, value = (x[:count] for x in arrays())
+        sight = sight_of(SEGMENTS[:count])
+        jax.eval_shape(partial(undivided, scale=1.0), query[:, :, :1], key[:, :, :1], value[:, :, :1], sight)
+    assert told == [(16, 16)] * 2

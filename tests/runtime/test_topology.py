@@ -98,3 +98,13 @@ def test_a_chip_is_a_device_of_a_mesh(family):
         jax.jit(lambda x: x + 1).lower(large).compile()
     given = re.search(r"HBM \(([\d.]+)G\)", str(caught.value))
     assert float(given[1]) == pytest.approx(device_memory(name) / GIB, abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_mesh_that_the_slice_cannot_give_is_refused():
+    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
+    with pytest.raises(
+        ValueError, match=r"'expert': 8, .* would split a side of the slice .* Fix: every size a product"
+    ):
+        rl.make_mesh(data=1, fsdp=-1, expert=8, devices=topology_devices("v5p:4x4x4"))
+    assert rl.make_mesh(data=1, fsdp=-1, expert=16, devices=topology_devices("v5p:4x4x4")).shape["fsdp"] == 4
