@@ -13,7 +13,7 @@ from plan_report import Part, Plan
 import rlhf_jax as rl
 from rlhf_jax.models.parameters import is_spec, num_params
 from rlhf_jax.runtime.sharding import constrain_on
-from rlhf_jax.runtime.topology import GIB, Memory, device_bytes, host_bytes
+from rlhf_jax.runtime.topology import GIB, Memory, device_bytes, host_bytes, topology_devices
 
 SMALL = plan.Config(
     model="tiny",
@@ -169,10 +169,21 @@ def test_the_smallest_slice_is_found(monkeypatch, capsys):
         plan.find(SMALL)
 
 
+@pytest.fixture
+def tpu_compiler():
+    """What it makes is not kept: without a TPU it could not be read again."""
+    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo"])
 def test_the_compiler_for_tpus_takes_every_step(stage):
-    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
     size = {"batch": 8, "prompt_length": 128, "completion_length": 128, "num_micro_batches": 2}
     found = plan.plan(dataclasses.replace(SMALL, stage=stage, topology="v5e:2x2", tensor=2, **size))
     assert found.fits
@@ -180,13 +191,15 @@ def test_the_compiler_for_tpus_takes_every_step(stage):
 
 
 @pytest.mark.slow
-def test_the_compiler_for_tpus_leaves_waiting_layers_on_the_host():
-    pytest.importorskip("libtpu", reason="needs pip install 'rlhf_jax[tpu-compiler]'")
+@pytest.mark.usefixtures("tpu_compiler")
+def test_the_compiler_for_tpus_leaves_waiting_layers_on_the_host(monkeypatch):
+    monkeypatch.setitem(plan_models.PRESETS, "deep", {**plan_models.PRESETS["tiny"], "num_hidden_layers": 24})
     size = {"batch": 8, "prompt_length": 128, "completion_length": 128, "num_micro_batches": 1}
-    config = dataclasses.replace(PPO, topology="v5e:2x2", **size)
-    here, waiting = (plan.plan(dataclasses.replace(config, offload=offload)) for offload in (False, True))
-    assert here.waiting == 0 < waiting.waiting
-    assert sum(here.held.values()) == sum(waiting.held.values()) + waiting.waiting
-    before, after = here.parts[1].memory, waiting.parts[1].memory
-    assert before.arguments - after.arguments == pytest.approx(waiting.waiting, rel=0.05)
+    config = dataclasses.replace(PPO, model="deep", topology="v5e:2x2", **size)
+    devices = topology_devices(config.topology)
+    here, waiting = (plan.build(dataclasses.replace(config, offload=x), devices, plain=True) for x in (False, True))
+    before, after = (plan.compile_part(config, x.programs[1], x.programs[1], 4).memory for x in (here, waiting))
+    assert (
+        before.arguments - after.arguments >= host_bytes(waiting.held) > 0
+    )  # more: narrow heads fill whole tiles there
     assert after.total < before.total
