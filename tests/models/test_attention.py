@@ -16,6 +16,7 @@ from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
 from rlhf_jax.models.attention import (
     best_for,
+    blocked_attention,
     causal_mask,
     cudnn_attention,
     distances,
@@ -25,6 +26,7 @@ from rlhf_jax.models.attention import (
     xla_attention,
 )
 from rlhf_jax.models.transformer import LayerKind
+from rlhf_jax.runtime.flops import matmul_flops
 
 SEGMENTS = np.array([[0, 1, 1, 1, 2], [1, 1, 2, 2, 2]])
 START = jnp.zeros((), jnp.int32)
@@ -66,7 +68,11 @@ def test_mask_by_hand():
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("attend", [plain_attention, xla_attention, cudnn_attention, tpu_attention])
+@pytest.mark.parametrize(
+    "attend",
+    [plain_attention, xla_attention, cudnn_attention, tpu_attention, partial(blocked_attention, block=1)],
+    ids=["plain", "xla", "cudnn", "tpu", "blocked"],
+)
 def test_equals_a_loop(attend, softcap):
     """Five tokens are odd and no multiple of 128, so the kernels hand over to XLA here."""
     sight = sight_of(SEGMENTS)
@@ -87,7 +93,10 @@ ROWS[1, :100], ROWS[1, 100:228] = 1, 2  # packed, padded right; a segment ends i
      ((None,), 0, None, "bfloat16")],
     ids=["all", "window", "window and cap", "bfloat16"],
 )  # fmt: skip
-def test_the_tpu_kernel_by_interpretation(windows, kind, softcap, dtype):
+@pytest.mark.parametrize(
+    "attend", [partial(tpu_attention, interpret=True), blocked_attention], ids=["TPU kernel", "blocks"]
+)
+def test_equals_plain_attention(attend, windows, kind, softcap, dtype):
     """Forward and gradient of real tokens; what padding computes differs, and nobody reads it."""
     inputs = arrays(2, 256, (4, 2, 2), 16, dtype)
     sight, real = sight_of(ROWS, windows, kind), jnp.asarray(ROWS > 0)[:, :, None, None]
@@ -101,11 +110,11 @@ def test_the_tpu_kernel_by_interpretation(windows, kind, softcap, dtype):
         (_, found), gradients = jax.jit(jax.value_and_grad(partial(run, attend), (0, 1, 2), has_aux=True))(*inputs)
         return [np.asarray(x, np.float32) for x in (found, *gradients)]
 
-    ours, expected = both(partial(tpu_attention, interpret=True)), both(plain_attention)
+    ours, expected = both(attend), both(plain_attention)
     # float32: sums in another order. bfloat16: weights and scaled queries are rounded elsewhere, 2^-9 each, times values.
     limit = 2e-6 if dtype == "float32" else 4 * 2.0**-9
     for mine, theirs in zip(ours, expected, strict=True):
-        assert 0 < np.abs(mine - theirs).max() <= limit * np.abs(theirs).max()
+        assert np.abs(mine - theirs).max() <= limit * np.abs(theirs).max()
 
 
 def test_a_network_with_the_tpu_kernel():
@@ -130,6 +139,22 @@ def test_a_network_with_the_tpu_kernel():
     (mine, found), (theirs, expected) = gradient(kernel)(params), gradient(xla_attention)(params)
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_blocks_leave_out_what_nobody_sees():
+    """Four blocks of 64 multiply 10 of 16 parts; with more keys than queries, as with a cache, there is one block."""
+    query, key, _ = arrays(2, 256, (4, 2, 2), 16)
+
+    def work(attend, query, sight):
+        return matmul_flops(lambda q, k: attend(q, k, k, sight, scale=1.0), query, key)
+
+    sight = sight_of(ROWS)
+    assert 16 * work(blocked_attention, query, sight) == 10 * work(plain_attention, query, sight)
+    later = sights(jnp.asarray(ROWS[:, 192:]), jnp.asarray(ROWS), jnp.asarray(192), (None,))(jnp.asarray(0))
+    found, expected = (
+        attend(query[:, 192:], key, key, later, scale=1.0) for attend in (blocked_attention, xla_attention)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def has_kernel(attend, query, key, sight):
