@@ -20,20 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from roofline import Rates, machine
+from work import MODELS
 
 import rlhf_jax as rl
 from rlhf_jax.generation.sampling import filter_top_k, filter_top_p
-
-MODELS = {
-    "tiny": rl.TransformerConfig(
-        vocab_size=1024, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=512,
-        tie_embeddings=False, unroll=4,
-    ),
-    "small": rl.TransformerConfig(
-        vocab_size=8192, num_layers=8, model_dim=512, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1536,
-        tie_embeddings=False, unroll=8,
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +72,6 @@ def compare(one: Callable[[], object], other: Callable[[], object], pairs: int) 
     }
 
 
-def machine() -> dict[str, float]:
-    """FLOP/s of a float32 product of 2048 rows, bytes/s read and written by a pass over 256 MiB in place: best of five."""
-    matrix, array = jnp.ones((2048, 2048)), jnp.ones((1 << 26,))
-    product = jax.jit(lambda x: x @ x)
-    # Eight passes in one call and one buffer: new pages would cost more than the pass.
-    passes = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda i, x: x + 1.0, x))
-    jax.block_until_ready((product(matrix), passes(array)))
-    flops = 2 * 2048**3 / min(clock(lambda: product(matrix))[0] for _ in range(5))
-    return {"flops": flops, "bytes": 8 * 2 * array.nbytes / min(clock(lambda: passes(array))[0] for _ in range(5))}
-
-
 def prompts_of(rows: int, length: int, vocab: int) -> rl.PromptBatch:
     """Random tokens, no padding."""
     tokens = np.random.default_rng(0).integers(4, vocab, (rows, length))
@@ -109,7 +89,7 @@ def sampler(model: rl.CausalModel, new: int, generate: Callable = rl.generate, *
     return jax.jit(partial(generate, model, max_new_tokens=new, eos_id=None, pad_id=0, **options))
 
 
-def plain(config: Config, size: str, rates: dict[str, float]) -> None:
+def plain(config: Config, size: str, rates: Rates) -> None:
     """New tokens a second, prefill included, and the decode step beside its roofline."""
     network = MODELS[size]
     params, key = rl.transformer.init(jax.random.key(0), network), jax.random.key(1)
@@ -124,7 +104,7 @@ def plain(config: Config, size: str, rates: dict[str, float]) -> None:
     cache = 2 * network.num_layers * config.batch * columns * network.num_kv_heads * network.head_dim
     seen = 2 * network.num_layers * config.batch * columns * network.num_heads * network.head_dim
     flops, moved = 2 * (config.batch * weights + seen), 4 * (weights + cache)
-    bound = max(flops / rates["flops"], moved / rates["bytes"])
+    bound = max(flops / rates.flops, moved / rates.bytes)
     tokens = config.batch * config.new
     report(
         f"generate {size}",
@@ -210,7 +190,7 @@ def filters(config: Config) -> None:
 def main(config: Config) -> None:
     """All tasks."""
     rates = machine()
-    report("machine", {"gflops": round(rates["flops"] / 1e9, 1), "gbytes": round(rates["bytes"] / 1e9, 1)})
+    report("machine", {"gflops": round(rates.flops / 1e9, 1), "gbytes": round(rates.bytes / 1e9, 1)})
     filters(config)
     continuous(config)
     shared(config)

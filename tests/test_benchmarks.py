@@ -1,0 +1,94 @@
+"""The benchmarks do the work that they say: every task on a small network, its roofline by hand, the table of pairs."""
+
+import dataclasses
+import sys
+
+import compare
+import jax
+import pytest
+import roofline
+import tasks
+import work
+
+SIZES = work.Sizes(rows=2, length=8, prompts=4, prompt=4, new=3, epochs=2, minibatches=2, groups=2, group_size=2)
+SMALL = {"vocab_size": 32, "num_layers": 1, "model_dim": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+NETWORK = dataclasses.replace(work.MODELS["tiny"], mlp_dim=24, unroll=1, **SMALL)
+WEIGHTS = work.random_weights(NETWORK)
+UNITS = {"sft": 16, "rm": 2, "gen": 12, "ppo": 4, "grpo": 4, "dpo": 2}
+
+
+@pytest.fixture(scope="module", params=tasks.TASKS)
+def task(request):
+    return request.param, tasks.TASKS[request.param](NETWORK, SIZES, WEIGHTS)
+
+
+def test_every_task_is_done(task):
+    """Twice, with finite figures and as many units as its sizes say."""
+    name, made = task
+    assert made.units == UNITS[name]
+    for i in range(2):
+        done = made.step(i)
+    if name == "gen":
+        assert done.completion_mask.sum() == made.units
+        assert not done.ended.any()
+    else:
+        assert done["grad/finite"] == 1
+
+
+def forward_flops(rows, length, output):
+    """Of what each token meets: its weights, and all keys of its row."""
+    weights = 4 * 16 * 16 + 3 * 16 * 24 + output
+    return 2 * rows * length * (weights + 2 * 16 * length)
+
+
+def test_what_a_step_multiplies():
+    """The backward pass is twice the forward; of an iteration every epoch updates policy and critic."""
+    counted = tasks.supervised(NETWORK, SIZES, WEIGHTS).count()["step"].flops
+    assert counted == 3 * forward_flops(2, 8, 32 * 16)
+    longer = dataclasses.replace(SIZES, epochs=SIZES.epochs + 1)
+    usual, more = (tasks.ppo(NETWORK, sizes, WEIGHTS).count()["learn"].flops for sizes in (SIZES, longer))
+    assert more - usual == 3 * (forward_flops(4, 7, 32 * 16) + forward_flops(4, 7, 16))
+
+
+def test_generation_reads_its_weights_for_every_token():
+    phases = tasks.generation(NETWORK, SIZES, WEIGHTS).count()
+    weights = roofline.num_bytes(WEIGHTS.policy()) - 4 * 32 * 16
+    cache = 2 * 4 * 4 * 2 * 8
+    assert phases["prefill"].bytes == weights + 4 * cache
+    assert phases["decode"].bytes == 2 * weights + (5 + 6) * cache
+
+
+def test_the_bound_is_the_longer_time_of_each_phase():
+    phases = {"one": roofline.Phase(100.0, 10.0), "other": roofline.Phase(10.0, 60.0)}
+    assert roofline.bound(phases, roofline.Rates(flops=10.0, bytes=20.0)) == 10 + 3
+    assert roofline.line(phases, roofline.Rates(10.0, 20.0), 26.0)["fraction"] == 0.5
+
+
+def test_stored_weights_are_those_that_were_written(tmp_path):
+    stored = work.stored_weights(NETWORK, tmp_path)
+    for mine, theirs in zip(stored, WEIGHTS, strict=True):
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), mine(), theirs()))
+
+
+def test_the_table_of_pairs():
+    def side(value):
+        figures = {"time_to_first_step_s": 3.0, "peak_rss_mb": 400.0, "roofline": {"fraction": 0.5}}
+        return {"value": value, **figures}
+
+    pairs = [
+        {"name": "peer", "task": task, "size": "tiny", "ratio": ratio, "ours": side(10 * ratio), "peer": side(10.0)}
+        for task in ("dpo", "sft")
+        for ratio in (1.0, 3.0, 2.0)
+    ]
+    assert compare.rows(pairs) == [
+        f"| tiny | {task} | peer | 20 | 10 | 2.00 [1.00, 3.00] | 3 | 3, 3 | 400, 400 | 50 |" for task in ("sft", "dpo")
+    ]
+
+
+def test_a_peer_is_any_command():
+    speak = "print('hello'); print('{\"value\": 1}'); print('{\"value\": 2}')"
+    assert compare.run([sys.executable, "-S", "-c", speak]) == {"value": 2}
+    with pytest.raises(SystemExit, match="ended with 3 and no figures"):
+        compare.run([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match=r"--peer is a command with \{task\} and \{size\}"):
+        compare.main(compare.Config(peer="python peer.py"))
