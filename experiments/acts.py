@@ -8,11 +8,12 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import meshes
 from task import TaskConfig
 
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -39,6 +40,22 @@ def alone(config: TaskConfig) -> Iterator[None]:
     keep_programs()
     with joined(config.run, config.processes), locked(config.run):
         yield
+
+
+def check_rollout(config: TaskConfig, rows: Mapping[str, int]) -> None:
+    """Refuse what the mesh cannot share evenly: these rows, prompts, and prompts with their responses."""
+    length = config.prompt_length + config.response_length
+    columns = {"--prompt-length": config.prompt_length, "--prompt-length + --response-length": length}
+    meshes.check(config.mesh, rows=rows, columns=columns)
+
+
+def refuse_mesh(config: TaskConfig) -> None:
+    """For scripts whose devices have copies of everything but rows."""
+    if config.mesh != meshes.COPIES:
+        raise SystemExit(
+            "--mesh: this script knows the data axis only; nothing was started. "
+            "Fix: sft.py, reward_model.py, ppo.py, grpo.py, dpo.py or rlhf.py in the embedded world, or no --mesh"
+        )
 
 
 def refuse_processes(config: TaskConfig) -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import task
 import tyro
+from acts import refuse_mesh
 from best_of_n_tilted import check_tilted, exact_kl, law
 from tabular import Tabular, init_problem
 
@@ -114,6 +115,7 @@ def check_pools(config: Config, logprobs: np.ndarray, scores: np.ndarray) -> dic
 
 def main(config: Config) -> dict[str, bool]:
     """Print the tables and which criteria hold; or draw the curve of a run."""
+    refuse_mesh(config)
     if config.run is not None:
         best_of_n_curve.draw_curve(config, config.run, config.curve)
         return {}

@@ -17,12 +17,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import judge
+import meshes
 import sampling
 import sft
 import task
 import tyro
 from acts import alone, facts, is_played, note_command, num_steps_of
 from dpo_methods import DPOConfig, build_objective
+from meshes import COPIES, MeshConfig
 from scoring import row_logprobs
 
 import rlhf_jax as rl
@@ -74,7 +76,15 @@ def as_batch(
 
 
 def train(
-    config: DPOConfig, network: rl.TransformerConfig, policy: Params, data, *, seed: int, keep: Callable, stage: str
+    config: DPOConfig,
+    network: rl.TransformerConfig,
+    policy: Params,
+    data,
+    *,
+    seed: int,
+    keep: Callable,
+    stage: str,
+    mesh: MeshConfig = COPIES,
 ) -> Params:
     """Fit the policy, from `policy` on, to the pairs; `keep` is `task.keeper`'s."""
     num_rows = len(data.tokens)
@@ -83,8 +93,9 @@ def train(
     step_fn = rl.make_train_step(
         build_objective(config, network), optimizer, num_micro_batches=config.num_micro_batches
     )
-    step_fn, mesh = jax.jit(guarded(step_fn), donate_argnums=0), rl.make_mesh()
-    state = rl.replicate(rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer), mesh)
+    step_fn, devices = jax.jit(guarded(step_fn), donate_argnums=0), meshes.mesh_of(mesh)
+    state = rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer)
+    state = meshes.put(state, rl.transformer.param_specs(network), mesh)
     same = facts(config, seed=seed, data=data, start=policy)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -93,7 +104,7 @@ def train(
         state = kept.state
         for step in range(kept.first_step, num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)
-            batch = kept.batch(step, rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
+            batch = kept.batch(step, rl.shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), devices))
             state, metrics = step_fn(state, batch)
             log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
             kept.finish(step, state)
@@ -103,6 +114,8 @@ def train(
 def main(config: Config) -> None:
     """Learn from the comparisons, save the policy, say what held-out pairs and the world's judge think of it."""
     run, settings = config.run, config.dpo
+    part = settings.batch_size // settings.num_micro_batches
+    meshes.check(config.mesh, rows={"--dpo.batch-size / --dpo.num-micro-batches": part})
     if config.data is not None and settings.num_rounds > 1:
         raise SystemExit(
             "nobody ranks new answers to the prompts of a file; nothing was started; fix: --dpo.num-rounds 1"
@@ -122,7 +135,7 @@ def main(config: Config) -> None:
             rankings = ranked_answers(config, network, tokenizer, params, number)
         reference = policy if settings.reference == "first" else params
         data = as_batch(config, network, tokenizer, rankings, reference)
-        options = {"seed": config.seed + number, "keep": task.keeper(config), "stage": stage}
+        options = {"seed": config.seed + number, "keep": task.keeper(config), "stage": stage, "mesh": config.mesh}
         params = train(settings, network, params, data, **options)
         if number < settings.num_rounds - 1:
             print(f"round {number + 1}: {judge.gold_line(config, run, params)}")

@@ -22,7 +22,7 @@ import report
 import sft
 import task
 import tyro
-from acts import keep_programs
+from acts import keep_programs, refuse_mesh
 from answers import Model
 from evaluation import METRICS, measure, red_flags, table
 
@@ -100,6 +100,7 @@ def load_reward(config: Config, tokenizer: Tokenizer, baseline: Model) -> answer
 
 def main(config: Config) -> dict:
     """Evaluate, print, write."""
+    refuse_mesh(config)
     keep_programs()
     tokenizer, baseline = load_baseline(config)
     policies = load_policies(config, tokenizer, baseline)

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import judge
 import kept_reward
+import meshes
 import ppo
 import sampling
 import sft
 import task
 import tyro
-from acts import alone, facts, is_played, note_command, policy_keeper
+from acts import alone, check_rollout, facts, is_played, note_command, policy_keeper
 from grpo_methods import GRPOConfig, annealed_optimizer, choosing, learning, methods
 
 import rlhf_jax as rl
@@ -61,23 +62,26 @@ def build(config: GRPOConfig, lengths: task.TaskConfig, network: rl.TransformerC
 def main(config: Config) -> None:
     """Play act 3 with one method and save the policy."""
     run, settings = config.run, config.grpo
+    check_rollout(config, {"--grpo.num-prompts": settings.num_prompts})
     if is_played(run, settings.method, resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)
     note_command(run)
-    reward_params, mean, std = kept_reward.load(run, network, tokenizer)
+    reward_params, mean, std = kept_reward.load(run, network, tokenizer, config.mesh)
     frozen = rl.Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
     demonstrations = None
     if settings.ptx_coef:
         demonstrations = task.demonstration_rows(config, tokenizer, task.load_demonstrations(config, run)[1])
     optimizer, iteration = build(settings, config, network, tokenizer)
-    mesh, root, name = rl.make_mesh(), jax.random.key(config.seed), settings.method
-    state = rl.replicate(rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef), mesh)
+    mesh, root, name = meshes.mesh_of(config.mesh), jax.random.key(config.seed), settings.method
+    specs = rl.Frozen(rl.transformer.param_specs(network), kept_reward.specs_of(network), None, None)
+    state = rl.init_ppo_state(policy, None, optimizer, kl_coef=settings.kl_coef)
+    state = meshes.put(state, {"policy": specs.ref_params}, config.mesh)
     keep, data = task.keeper(config), (prompts, demonstrations)
     keep_policy = policy_keeper(run, name, tokenizer, every=settings.policy_every)
     same = facts(settings, seed=config.seed, data=data, frozen=frozen)
-    frozen = rl.replicate(frozen, mesh)
+    frozen = meshes.put(frozen, specs, config.mesh)
     with (
         keep(name, state, save_every=settings.save_every, facts=same) as kept,
         MetricLog(kept.log_to, name, settings.num_iterations, show=SHOW, first_step=kept.first_step) as log,

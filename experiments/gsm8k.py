@@ -20,7 +20,7 @@ import sampling
 import sft
 import task
 import tyro
-from acts import facts, is_played, keep_programs, note_command, refuse_processes
+from acts import facts, is_played, keep_programs, note_command, refuse_mesh, refuse_processes
 from grpo_methods import GRPOConfig
 from gsm8k_iteration import build
 from gsm8k_problems import Problems, answer_rows, load, score, shares
@@ -138,6 +138,7 @@ def main(config: Config) -> dict:
             "--model (a folder of weights and tokenizer) and --data-dir (with verifiable/) are both needed"
         )
     refuse_processes(config)
+    refuse_mesh(config)
     keep_programs()
     with locked(config.run):
         run = open_run(config.run, config, resume=config.resume, force=config.force)

@@ -16,11 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import kept_reward
+import meshes
 import sampling
 import sft
 import task
 import tyro
-from acts import alone, facts, is_played, note_command, policy_keeper
+from acts import alone, check_rollout, facts, is_played, note_command, policy_keeper
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -32,7 +33,7 @@ from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.runtime.runs import read_json_lines
-from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
+from rlhf_jax.runtime.sharding import shard_batch
 from rlhf_jax.training.optimizers import linear_anneal, ppo_optimizer
 from rlhf_jax.training.ppo import PPOBatch, critic_from_trunk, init_ppo_state, make_ppo_iteration, make_ppo_update
 from rlhf_jax.training.rollout import make_experience_fn, make_score_fn
@@ -146,14 +147,17 @@ def train(
     `keep` is `task.keeper`'s, `keep_policy` that of `acts`. `reward_network` is the reward model's shape, the policy's where
     it is None. `demonstrations` are the rows that PPO-ptx keeps likely; needed when `config.ptx_coef` is not 0.
     """
-    mesh, reward_network = make_mesh(), reward_network or network
+    mesh, reward_network = lengths.mesh, reward_network or network
     optimizer, iteration = build(config, lengths, network, reward_network, tokenizer.eos_id, tokenizer.pad_id)
     critic = {"head": init_value_head(network.model_dim)}
     if config.separate_critic:
         critic = critic_from_trunk(frozen.reward_params["trunk"], reward_network.model_dim)
-    state = replicate(init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef), mesh)
+    state = init_ppo_state(frozen.ref_params, critic, optimizer, kl_coef=config.kl_coef)
+    policy_specs, reward_specs = transformer.param_specs(network), kept_reward.specs_of(reward_network)
+    state = meshes.put(state, {"policy": policy_specs, "critic": reward_specs}, mesh)
     root, same = jax.random.key(seed), facts(config, seed=seed, data=(prompts, demonstrations), frozen=frozen)
-    frozen = replicate(frozen, mesh)
+    frozen = meshes.put(frozen, Frozen(policy_specs, reward_specs, None, None), mesh)
+    devices = meshes.mesh_of(mesh)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
         MetricLog(kept.log_to, stage, config.num_iterations, show=SHOW, first_step=kept.first_step) as log,
@@ -163,7 +167,7 @@ def train(
             batch = PPOBatch(pick(prompts, seed, step, config.batch_size))
             if config.ptx_coef:
                 batch = batch.replace(demonstrations=pick(demonstrations, seed, step, config.batch_size))
-            batch = kept.batch(step, shard_batch(batch, mesh))
+            batch = kept.batch(step, shard_batch(batch, devices))
             state, metrics = iteration(frozen, state, batch, jax.random.fold_in(root, step))
             metrics = kept.check(step, state, metrics, batch)
             log.write(step, metrics, tokens=int(config.batch_size * metrics["response/len_mean"]))
@@ -178,9 +182,16 @@ def pick(data, seed: int, step: int, batch_size: int):
     return jax.tree.map(lambda x: x[rows], data)
 
 
+def check_mesh(config: Config) -> None:
+    """Refuse what the mesh cannot share evenly."""
+    part = config.ppo.batch_size // config.ppo.num_minibatches // config.ppo.num_micro_batches
+    check_rollout(config, {"--ppo.batch-size / --ppo.num-minibatches / --ppo.num-micro-batches": part})
+
+
 def main(config: Config) -> None:
     """Play act 3 and save the policy."""
     run = config.run
+    check_mesh(config)
     if is_played(run, "ppo", resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)
@@ -188,10 +199,10 @@ def main(config: Config) -> None:
     train_prompts, _ = task.load_prompts(config)
     rows = task.prompt_rows(config, tokenizer, train_prompts)
     if config.reward_model is None:
-        reward_network, (reward_params, mean, std) = network, kept_reward.load(run, network, tokenizer)
+        reward_network, (reward_params, mean, std) = network, kept_reward.load(run, network, tokenizer, config.mesh)
     else:
         reward = reward_network, reward_params = kept_reward.load_folder(
-            config.reward_model, tokenizer, dtype=config.dtype
+            config.reward_model, tokenizer, dtype=config.dtype, mesh=config.mesh
         )
         some = jax.tree.map(lambda x: x[:512], rows)
         mean, std = kept_reward.reference_moments(config, network, tokenizer, policy, reward, some, seed=config.seed)

@@ -16,9 +16,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import kept_reward
+import meshes
 import numpy as np
 import sampling
 from acts import facts, num_steps_of
+from jax.sharding import NamedSharding, PartitionSpec
+from meshes import COPIES, MeshConfig
 from scoring import in_parts, score_rows
 from task import TaskConfig
 
@@ -33,8 +37,8 @@ from rlhf_jax.runtime.resume import guarded
 from rlhf_jax.training.ensembles import average_members, init_ensemble, make_ensemble_step, member_indices
 from rlhf_jax.training.evaluate import Interval, proportion_interval
 from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
-from rlhf_jax.training.train_step import make_train_step
-from rlhf_jax.types import Objective, Params, PromptBatch, RankingBatch
+from rlhf_jax.training.train_step import init_train_state, make_train_step
+from rlhf_jax.types import Objective, Params, PromptBatch, RankingBatch, TrainState
 
 RULES = {"mean": ensemble_mean, "WCO": worst_case, "UWO": uncertainty_weighted}
 
@@ -48,6 +52,7 @@ def train(
     *,
     seed: int,
     keep: Callable,
+    mesh: MeshConfig = COPIES,
 ) -> Params:
     """Fit `config.ensemble` members (a `RewardModelConfig`); their stacked parameters. `keep` is `task.keeper`'s."""
     num_prompts, num_members = data.tokens.shape[0], config.ensemble
@@ -62,7 +67,12 @@ def train(
         return states, {**means, "grad/finite": metrics["grad/finite"].min()}
 
     step_fn = jax.jit(guarded(step_fn), donate_argnums=0)
-    states = init_ensemble(lambda key: start, jax.random.key(seed), optimizer, num_members=num_members)
+    init_fn = partial(_start_alike, optimizer=optimizer, num_members=num_members)
+    if meshes.is_split(mesh):
+        member = jax.eval_shape(partial(init_train_state, optimizer=optimizer), start)
+        member = meshes.like(member, kept_reward.specs_of(network), mesh)
+        init_fn = jax.jit(init_fn, out_shardings=jax.tree.map(_stacked, member))
+    states = init_fn(start, jax.random.key(seed))
     show, same = {"rm/loss": "loss", "rm/accuracy": "accuracy"}, facts(config, seed=seed, data=data, start=trunk)
     everything = jax.device_put(data)
     with (
@@ -78,6 +88,15 @@ def train(
             log.write(step, kept.check(step, states, metrics, rows), tokens=tokens)
             kept.finish(step, states)
     return states.params
+
+
+def _start_alike(start: Params, key: jax.Array, **options) -> TrainState:
+    return init_ensemble(lambda key: start, key, **options)
+
+
+def _stacked(member: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Where all members' arrays lie, one on the other: each where one member's does."""
+    return NamedSharding(member.sharding.mesh, PartitionSpec(None, *member.sharding.spec))
 
 
 def member_scores(

@@ -16,12 +16,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import kept_reward
+import meshes
 import reward_ensemble
 import sampling
 import sft
 import task
 import tyro
 from acts import alone, facts, is_played, note_command, num_steps_of
+from meshes import COPIES, MeshConfig
 
 import rlhf_jax as rl
 from rlhf_jax.data import synthetic
@@ -108,17 +110,18 @@ def train(
     seed: int,
     keep: Callable,
     stage: str = "reward_model",
+    mesh: MeshConfig = COPIES,
 ) -> Params:
     """Fit a reward model that starts from `trunk` (the SFT policy) with a fresh head; `keep` is `task.keeper`'s."""
-    mesh, num_prompts = rl.make_mesh(), len(data.tokens)
+    devices, num_prompts = meshes.mesh_of(mesh), len(data.tokens)
     num_steps = num_steps_of(config, num_prompts, "rankings")
     optimizer = rl.adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective, num_micro_batches = build_objective(config, network), config.num_micro_batches
     step_fn = rl.make_train_step(objective, optimizer, num_micro_batches=num_micro_batches)
     train_step = jax.jit(guarded(step_fn), donate_argnums=0)
     head = rl.init_reward_head(jax.random.key(seed), network.model_dim)
-    state = rl.replicate(rl.init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer), mesh)
-    batch_of = batches_of(config, data, seed)
+    state = rl.init_train_state(jax.tree.map(jnp.copy, {"trunk": trunk, "head": head}), optimizer)
+    state, batch_of = meshes.put(state, kept_reward.specs_of(network), mesh), batches_of(config, data, seed)
     show, same = {"rm/loss": "loss", "rm/accuracy": "accuracy"}, facts(config, seed=seed, data=data, start=trunk)
     with (
         keep(stage, state, save_every=config.save_every, facts=same) as kept,
@@ -126,17 +129,24 @@ def train(
     ):
         state = kept.state
         for step in range(kept.first_step, num_steps):
-            batch = kept.batch(step, rl.shard_batch(batch_of(step), mesh))
+            batch = kept.batch(step, rl.shard_batch(batch_of(step), devices))
             state, metrics = train_step(state, batch)
             log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
             kept.finish(step, state)
     return state.params
 
 
+def check_mesh(config: Config) -> None:
+    """Refuse what the mesh cannot share evenly."""
+    part = config.reward.batch_size // config.reward.num_micro_batches
+    meshes.check(config.mesh, rows={"--reward.batch-size / --reward.num-micro-batches": part})
+
+
 def main(config: Config) -> None:
     """Play act 2 and save the reward model."""
     run, seed = config.run, config.seed
     check_buckets(config.reward)
+    check_mesh(config)
     if is_played(run, "reward_model", resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)
@@ -155,13 +165,14 @@ def main(config: Config) -> None:
         prompts = [Prompt(record.id, record.prompt) for record in rankings]
         num_responses = max(len(record.responses) for record in [*rankings, *held_out])
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=num_responses)
-    settings, keep, num_members = config.reward, task.keeper(config), config.reward.ensemble
+    settings, num_members = config.reward, config.reward.ensemble
+    options = {"seed": seed, "keep": task.keeper(config), "mesh": config.mesh}
     if num_members > 1:
         objective = build_objective(settings, network)
-        members = reward_ensemble.train(settings, network, objective, policy, data, seed=seed, keep=keep)
+        members = reward_ensemble.train(settings, network, objective, policy, data, **options)
         params = rl.average_members(members)
     else:
-        params = train(settings, network, policy, data, seed=seed, keep=keep)
+        params = train(settings, network, policy, data, **options)
     rows = task.prompt_rows(config, tokenizer, prompts[:512])
     held_out_rows = task.ranking_rows(config, tokenizer, held_out, num_responses=num_responses)
     if num_members > 1:

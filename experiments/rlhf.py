@@ -25,7 +25,7 @@ import reward_model
 import sft
 import task
 import tyro
-from acts import keep_programs, note_command, policy_keeper, refuse_processes, timed
+from acts import keep_programs, note_command, policy_keeper, refuse_mesh, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from rich.console import Console
@@ -56,17 +56,19 @@ class Config(task.TaskConfig):
 def play_sft(config: Config, run: Path) -> None:
     """Act 1."""
     tokenizer, demonstrations, _ = task.load_demonstrations(config, run)
-    how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
-    policy = sft.start(config.sft, tokenizer, model=config.model, **how)
+    options, how = (
+        {"seed": config.seed, "mesh": config.mesh},
+        {"dtype": config.dtype, "logits_chunk": config.logits_chunk},
+    )
+    policy = sft.start(config.sft, tokenizer, model=config.model, **options, **how)
     rows = task.demonstration_rows(config, tokenizer, demonstrations)
-    keep = task.keeper(config)
-    params = sft.train(config.sft, policy.config, policy.params, rows, seed=config.seed, keep=keep)
+    params = sft.train(config.sft, policy.config, policy.params, rows, keep=task.keeper(config), **options)
     sft.save(run, tokenizer, policy._replace(params=params))
 
 
 def play_reward_model(config: Config, run: Path) -> None:
     """Act 2."""
-    tokenizer, network, policy = sft.load(run)
+    tokenizer, network, policy = sft.load(run, config.mesh)
     rankings = judge.rankings_of_policy(config, run, num_responses=config.reward.num_responses, held_out=False)
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=config.reward.num_responses)
     fit_reward_model(config, run, network, tokenizer, policy, data, run, seed=config.seed, stage="reward_model")
@@ -76,8 +78,8 @@ def fit_reward_model(
     config, run, network, tokenizer, policy, data: RankingBatch, save_to: Path, *, seed: int, stage: str
 ):
     """Train, normalise to mean 0 and standard deviation 1 on the SFT policy's samples, save."""
-    keep = task.keeper(config)
-    params = reward_model.train(config.reward, network, policy, data, seed=seed, keep=keep, stage=stage)
+    options = {"seed": seed, "keep": task.keeper(config), "stage": stage, "mesh": config.mesh}
+    params = reward_model.train(config.reward, network, policy, data, **options)
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0][:512])
     moments = kept_reward.reference_moments(config, network, tokenizer, policy, (network, params), prompts, seed=seed)
     kept_reward.save(save_to, params, tokenizer, mean=moments[0], std=moments[1])
@@ -88,8 +90,8 @@ def play_ppo(
     config: Config, run: Path, rewards_from: Path | None = None, save_to: Path | None = None, stage: str = "ppo"
 ):
     """Act 3; a control reads another reward model and saves elsewhere."""
-    tokenizer, network, policy = sft.load(run)
-    reward_params, mean, std = kept_reward.load(rewards_from or run, network, tokenizer)
+    tokenizer, network, policy = sft.load(run, config.mesh)
+    reward_params, mean, std = kept_reward.load(rewards_from or run, network, tokenizer, config.mesh)
     frozen = Frozen(policy, reward_params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])
     demonstrations = None
@@ -105,7 +107,7 @@ def play_ppo(
 
 def play_controls(config: Config, run: Path) -> None:
     """Reward models that learned shuffled labels, and a leash too stiff to move on."""
-    tokenizer, network, policy = sft.load(run)
+    tokenizer, network, policy = sft.load(run, config.mesh)
     rankings = judge.rankings_of_policy(config, run, num_responses=config.reward.num_responses, held_out=False)
     data = task.ranking_rows(config, tokenizer, rankings, num_responses=config.reward.num_responses)
     for i in range(config.num_shuffled):
@@ -136,6 +138,10 @@ def main(config: Config) -> dict:
             "Fix: give the file to sft.py, reward_model.py or ppo.py"
         )
     refuse_processes(config)
+    if config.dataset == "hh":
+        refuse_mesh(config)
+    for act in (sft, reward_model, ppo):
+        act.check_mesh(config)
     with locked(config.run):
         return hh.main(config) if config.dataset == "hh" else play(config)
 

@@ -16,6 +16,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
 from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.runtime.processes import on_every_host
 from rlhf_jax.types import CausalModel, Generation, Params, PromptBatch
 
 
@@ -70,7 +71,7 @@ def sample_all(sample_fn, params: Params, prompts: PromptBatch, key: jax.Array, 
         rows = np.arange(start, start + batch_size)
         rows = np.where(rows < num_prompts, rows, start)
         batch = jax.tree.map(lambda x, rows=rows: jnp.asarray(np.asarray(x)[rows]), prompts)
-        sampled = jax.device_get(sample_fn(params, batch, jax.random.fold_in(key, start)))
+        sampled = jax.tree.map(on_every_host, sample_fn(params, batch, jax.random.fold_in(key, start)))
         per_prompt = sampled.tokens.shape[0] // batch_size
         keep = min(batch_size, num_prompts - start) * per_prompt
         parts.append(jax.tree.map(lambda x, keep=keep: x[:keep], sampled))

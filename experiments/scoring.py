@@ -10,6 +10,7 @@ from rlhf_jax.models import transformer
 from rlhf_jax.models.heads import sequence_scores
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sequence_token_logprobs
+from rlhf_jax.runtime.processes import on_every_host
 from rlhf_jax.types import Params
 
 
@@ -42,7 +43,7 @@ def in_parts(function: Callable, *arrays: np.ndarray, size: int = 256) -> np.nda
     parts, num_rows = [], len(arrays[0])
     for start in range(0, num_rows, size):
         rows = np.minimum(np.arange(start, start + size), num_rows - 1)
-        parts.append(np.asarray(function(*(array[rows] for array in arrays)))[: num_rows - start])
+        parts.append(on_every_host(function(*(array[rows] for array in arrays)))[: num_rows - start])
     return np.concatenate(parts)
 
 

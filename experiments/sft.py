@@ -9,12 +9,15 @@ DIRECTORY` names a checkpoint to start from (its learning rate wants to be a hun
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
+import meshes
 import task
 import tyro
 from acts import alone, facts, is_played, note_command, num_steps_of
+from meshes import COPIES, MeshConfig
 
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
@@ -29,7 +32,7 @@ from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.processes import is_first, meet
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.runtime.runs import open_run
-from rlhf_jax.runtime.sharding import make_mesh, replicate, shard_batch
+from rlhf_jax.runtime.sharding import shard_batch
 from rlhf_jax.training.evaluate import evaluate
 from rlhf_jax.training.optimizers import adam_optimizer, warmup_cosine
 from rlhf_jax.training.train_step import init_train_state, make_train_step
@@ -73,10 +76,13 @@ def network_config(config: SFTConfig, vocab_size: int) -> TransformerConfig:
     )
 
 
-def computed(network: TransformerConfig, dtype: str, logits_chunk: int | None = None) -> TransformerConfig:
-    """The network in this dtype, with the best attention that this machine has, its logits in chunks."""
+def computed(
+    network: TransformerConfig, dtype: str, logits_chunk: int | None = None, *, mesh: MeshConfig = COPIES
+) -> TransformerConfig:
+    """The network in this dtype, with the best attention that this machine has, its logits in chunks, on this mesh."""
     attention_fn = best_for(jax.devices()[0], dtype=dtype, head_dim=network.head_dim)
-    return dataclasses.replace(network, dtype=dtype, attention_fn=attention_fn, logits_chunk=logits_chunk)
+    how = {"dtype": dtype, "attention_fn": attention_fn, "logits_chunk": logits_chunk}
+    return meshes.network_on(dataclasses.replace(network, **how), mesh)
 
 
 def start(
@@ -87,19 +93,22 @@ def start(
     seed: int,
     dtype: str = "float32",
     logits_chunk: int | None = None,
+    mesh: MeshConfig = COPIES,
 ) -> Pretrained:
     """What act 1 starts from: the checkpoint in the folder `model`, or random weights."""
     if model is None:
-        network = computed(network_config(config, tokenizer.vocab_size), dtype, logits_chunk)
-        return Pretrained(network, transformer.init(jax.random.key(seed), network), huggingface.llama_config(network))
-    loaded = huggingface.load(model)
+        network = computed(network_config(config, tokenizer.vocab_size), dtype, logits_chunk, mesh=mesh)
+        init_fn, specs = partial(transformer.init, config=network), transformer.param_specs(network)
+        params = meshes.born(init_fn, jax.random.key(seed), specs=specs, config=mesh)
+        return Pretrained(network, params, huggingface.llama_config(network))
+    loaded = huggingface.load(model, shard_fn=meshes.shard_fn(mesh))
     if tokenizer.vocab_size > loaded.config.vocab_size:
         raise ValueError(
             f"{model}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding {loaded.config.vocab_size} "
             "rows; nothing was started. Fix: the weights and the tokenizer of one model"
         )
     print(f"{model}: {sum(x.size for x in jax.tree.leaves(loaded.params)):,} parameters")
-    return loaded._replace(config=computed(loaded.config, dtype, logits_chunk))
+    return loaded._replace(config=computed(loaded.config, dtype, logits_chunk, mesh=mesh))
 
 
 def batches(data, batch_size: int) -> Iterator:
@@ -111,17 +120,24 @@ def batches(data, batch_size: int) -> Iterator:
 
 
 def train(
-    config: SFTConfig, network: TransformerConfig, params: Params, data: SequenceBatch, *, seed: int, keep: Callable
+    config: SFTConfig,
+    network: TransformerConfig,
+    params: Params,
+    data: SequenceBatch,
+    *,
+    seed: int,
+    keep: Callable,
+    mesh: MeshConfig = COPIES,
 ) -> Params:
     """Fit the policy, from `params` (donated), to the demonstrations; `keep` is `task.keeper`'s."""
-    mesh = make_mesh()
     num_rows = data.tokens.shape[0]
     num_steps = num_steps_of(config, num_rows, "packed rows of demonstrations")
     optimizer = adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
     objective = sft(transformer.causal_model(network))
     train_step = make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
     train_step = jax.jit(guarded(train_step), donate_argnums=0)
-    state, show = replicate(init_train_state(params, optimizer), mesh), {"sft/nll": "nll", "sft/accuracy": "accuracy"}
+    state = meshes.put(init_train_state(params, optimizer), transformer.param_specs(network), mesh)
+    devices, show = meshes.mesh_of(mesh), {"sft/nll": "nll", "sft/accuracy": "accuracy"}
     same = facts(config, seed=seed, data=data, start=params)
     with (
         keep("sft", state, save_every=config.save_every, facts=same) as kept,
@@ -130,7 +146,7 @@ def train(
         state = kept.state
         for step in range(kept.first_step, num_steps):
             rows = batch_indices(seed, step, num_examples=num_rows, batch_size=config.batch_size)
-            batch = kept.batch(step, shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), mesh))
+            batch = kept.batch(step, shard_batch(jax.tree.map(lambda x, rows=rows: x[rows], data), devices))
             state, metrics = train_step(state, batch)
             log.write(step, kept.check(step, state, metrics, batch), tokens=batch.tokens.size)
             kept.finish(step, state)
@@ -145,15 +161,21 @@ def save(run: Path, tokenizer: Tokenizer, policy: Pretrained) -> None:
     forget(run, "sft")
 
 
-def load(run: Path) -> tuple[Tokenizer, TransformerConfig, Params]:
-    """The policy of act 1 with its tokenizer."""
+def load(run: Path, mesh: MeshConfig = COPIES) -> tuple[Tokenizer, TransformerConfig, Params]:
+    """The policy of act 1, on this mesh, with its tokenizer."""
     notes, tokenizer = checkpoint.read_notes(run / "sft"), load_tokenizer(run / "tokenizer")
     if notes["tokenizer"] != tokenizer.fingerprint:
         raise ValueError(f"{run / 'tokenizer'} is not the tokenizer that the policy in {run / 'sft'} was trained with")
     network = dataclasses.replace(huggingface.transformer_config(notes["hf_config"]), unroll=notes["unroll"])
-    network = computed(network, notes.get("dtype", "float32"), notes.get("logits_chunk"))  # older runs knew one of each
-    like = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
-    return tokenizer, network, checkpoint.restore(run / "sft", like)
+    how = notes.get("dtype", "float32"), notes.get("logits_chunk")  # older runs knew one of each
+    network = computed(network, *how, mesh=mesh)
+    return tokenizer, network, checkpoint.restore(run / "sft", policy_like(network, mesh))
+
+
+def policy_like(network: TransformerConfig, mesh: MeshConfig) -> Params:
+    """The shapes of a policy, and their places on the mesh, for `checkpoint.restore`."""
+    shapes = jax.eval_shape(lambda: transformer.init(jax.random.key(0), network))
+    return meshes.like(shapes, transformer.param_specs(network), mesh)
 
 
 def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Params]:
@@ -164,17 +186,25 @@ def take_up(config: task.TaskConfig) -> tuple[Tokenizer, TransformerConfig, Para
         if there:
             raise ValueError(f"{run / 'sft'} is there already; nothing was read. Fix: no --model, or another --run")
         tokenizer = load_tokenizer(config.model)
-        how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
-        policy = start(SFTConfig(), tokenizer, model=config.model, **how)
+        how = {"dtype": config.dtype, "logits_chunk": config.logits_chunk, "mesh": config.mesh}
+        policy = start(SFTConfig(), tokenizer, model=config.model, seed=config.seed, **how)
         if is_first():
             save_tokenizer(tokenizer, run / "tokenizer")
         meet("tokenizer")
         save(run, tokenizer, policy)
-    return load(run)
+    return load(run, config.mesh)
+
+
+def check_mesh(config: Config) -> None:
+    """Refuse what the mesh cannot share evenly."""
+    part = config.sft.batch_size // config.sft.num_micro_batches
+    rows, columns = {"--sft.batch-size / --sft.num-micro-batches": part}, {"--row-length": config.row_length}
+    meshes.check(config.mesh, rows=rows, columns=columns)
 
 
 def main(config: Config) -> None:
     """Play act 1 and save the policy."""
+    check_mesh(config)
     if config.data is not None:
         read_demonstrations(config.data)  # what is wrong with the file is told before the run's folder is opened
     run = open_run(config.run, config, resume=config.resume, force=config.force)
@@ -182,11 +212,14 @@ def main(config: Config) -> None:
     if is_played(run, "sft", resume=config.resume):
         return
     tokenizer, demonstrations, held_out = task.load_demonstrations(config, run)
-    how = {"seed": config.seed, "dtype": config.dtype, "logits_chunk": config.logits_chunk}
-    policy = start(config.sft, tokenizer, model=config.model, **how)
-    rows = task.demonstration_rows(config, tokenizer, demonstrations)
+    options, how = (
+        {"seed": config.seed, "mesh": config.mesh},
+        {"dtype": config.dtype, "logits_chunk": config.logits_chunk},
+    )
+    policy = start(config.sft, tokenizer, model=config.model, **options, **how)
+    data = task.demonstration_rows(config, tokenizer, demonstrations)
     network = policy.config
-    params = train(config.sft, network, policy.params, rows, seed=config.seed, keep=task.keeper(config))
+    params = train(config.sft, network, policy.params, data, keep=task.keeper(config), **options)
     save(run, tokenizer, policy._replace(params=params))
     held_out_rows = task.demonstration_rows(config, tokenizer, held_out)
     result = evaluate(sft(transformer.causal_model(network)))(params, batches(held_out_rows, 64))

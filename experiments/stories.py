@@ -27,7 +27,7 @@ import sft
 import stories_judge
 import task
 import tyro
-from acts import keep_programs, note_command, refuse_processes, timed
+from acts import keep_programs, note_command, refuse_mesh, refuse_processes, timed
 from ppo import PPOConfig
 from reward_model import RewardModelConfig
 from scoring import row_logprobs, row_sums
@@ -162,9 +162,10 @@ def play_judge(config: Config, run: Path) -> None:
 
 def main(config: Config) -> dict:
     """Play what is not yet played, then judge."""
+    refuse_processes(config)
+    refuse_mesh(config)
     if config.model is None:
         raise SystemExit("--model is missing: the folder that convert_llama2c.py wrote, or another storyteller's")
-    refuse_processes(config)
     keep_programs()
     with locked(config.run):
         return play(config)

@@ -23,7 +23,7 @@ import ppo
 import sft
 import task
 import tyro
-from acts import alone, refuse_processes
+from acts import alone, refuse_mesh, refuse_processes
 from ppo import PPOConfig
 
 import rlhf_jax as rl
@@ -181,6 +181,7 @@ def curves(rows: Sequence[dict]) -> dict[str, list[dict]]:
 def main(config: Config) -> dict[str, dict[str, list[float]]]:
     """Run all, judge all, print the table."""
     refuse_processes(config)
+    refuse_mesh(config)
     if config.num_seeds < 2:
         raise SystemExit("--num-seeds: an interval needs two or more; nothing was started")
     if (config.run / "sweep.jsonl").exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from meshes import COPIES, MeshConfig, mesh_of
 
 from rlhf_jax.data import chat, synthetic
 from rlhf_jax.data.batching import packed_demonstration_batch, prompt_batch, ranking_batch, split_by_prompt
@@ -22,6 +23,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, 
 from rlhf_jax.runtime.processes import Processes, is_first, meet
 from rlhf_jax.runtime.profile import profiled
 from rlhf_jax.runtime.resume import Kept, resumable
+from rlhf_jax.runtime.sharding import COLUMN_AXIS
 from rlhf_jax.types import PromptBatch, RankingBatch, SequenceBatch
 
 NUM_DEMONSTRATIONS, NUM_RANKINGS, NUM_PROMPTS, NUM_HELD_OUT = 16_000, 4_096, 8_192, 512
@@ -44,6 +46,8 @@ class TaskConfig:
     """Write a trace of three steps of each act into `run/profile`."""
     processes: Processes = Processes()
     """Of this run, where there are several."""
+    mesh: MeshConfig = COPIES
+    """Of the devices of all processes."""
     seed: int = 0
     data: Path | None = None
     """JSON lines in the clean schema; none = the embedded world."""
@@ -177,12 +181,13 @@ def demonstration_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequen
 def ranking_rows(
     config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Ranking], *, num_responses: int
 ) -> RankingBatch:
-    """One element per prompt, all its responses in it; rows as long as the longest needs."""
+    """One element per prompt, all its responses in it; rows as long as the longest needs, and the sequence axis shares."""
     limit = config.prompt_length + config.response_length + 1
     examples = [chat.encode_ranking(tokenizer, record) for record in records]
     examples, report = fit_rankings(examples, length=limit, overlong=truncate_left)
     _say(report, "rankings")
     length = max(len(prompt) + max(map(len, responses)) for prompt, responses, _ in examples)
+    length += -length % mesh_of(config.mesh).shape[COLUMN_AXIS]
     return ranking_batch(
         examples,
         length=length,

@@ -1,20 +1,19 @@
-"""Speaks for a process that can no longer: `python last_words.py RUN WHO`, started by `processes.joined` with a pipe to it.
+"""Speaks for a process that can no longer: `python last_words.py RUN IN_VAIN`, started by `processes.joined` with a pipe to it.
 
 Nothing here imports the package: it must start in an instant and hold no memory. It waits until the pipe ends; when the
-last line was not `done`, the process was killed or aborted, and this tells whoever reads its log what to do.
+last line was not `done`, the process was killed or aborted, and this tells whoever reads its log what to do: `IN_VAIN`
+when no line had come, that is, before it had met the others, else what is kept of its work; the first line is its name.
 """
 
 import sys
 from pathlib import Path
 
 
-def main(run: Path, who: str) -> None:
+def main(run: Path, in_vain: str) -> None:
     """Read to the end of the pipe, then speak or not."""
-    last = b""
-    for line in sys.stdin.buffer:
-        last = line
-    if last != b"done\n":
-        print(words(run, who), file=sys.stderr, flush=True)
+    lines = [line.rstrip("\n") for line in sys.stdin]
+    if lines[-1:] != ["done"]:
+        print(words(run, lines[0]) if lines else in_vain, file=sys.stderr, flush=True)
 
 
 def words(run: Path, who: str) -> str:

@@ -56,17 +56,16 @@ def joined(run: Path, processes: Processes) -> Iterator[None]:
     if processes.num_processes:
         who = f"process {processes.process_id} of {processes.num_processes}"
         print(f"{who} joins {processes.coordinator}: waiting {timeout} s at most for the others", file=sys.stderr)
-    jax.distributed.initialize(
-        processes.coordinator,
-        processes.num_processes,
-        processes.process_id,
-        initialization_timeout=timeout,
-        heartbeat_timeout_seconds=processes.heartbeat,
-        shutdown_timeout_seconds=processes.heartbeat,
-    )
-    who = f"process {jax.process_index()} of {jax.process_count()}"
-    command = [sys.executable, "-I", "-S", str(_LAST_WORDS), str(run), f"{who} on {socket.gethostname()}"]
+    command = [sys.executable, "-I", "-S", str(_LAST_WORDS), str(run), _in_vain(processes, timeout)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as speaker:
+        try:
+            _connect(processes, timeout)
+        except (ValueError, RuntimeError):
+            speaker.communicate(b"done\n")
+            raise
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        speaker.stdin.write(f"{who} on {socket.gethostname()}\n".encode())
+        speaker.stdin.flush()
         as_wanted = False
         try:
             _check_number(processes)
@@ -80,6 +79,31 @@ def joined(run: Path, processes: Processes) -> Iterator[None]:
                 _leave_at_once(speaker)
             speaker.communicate(b"done\n")
     jax.distributed.shutdown()
+
+
+def _connect(processes: Processes, timeout: int) -> None:
+    """Where others do not come in time, JAX's runtime ends the process: no exception can be caught."""
+    jax.distributed.initialize(
+        processes.coordinator,
+        processes.num_processes,
+        processes.process_id,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=processes.heartbeat,
+        shutdown_timeout_seconds=processes.heartbeat,
+    )
+
+
+def _in_vain(processes: Processes, timeout: int) -> str:
+    """What a process says that ends before it has met the others."""
+    who, where = "a process", "the address that the cluster's environment names"
+    if processes.coordinator:
+        who = f"process {processes.process_id} of {processes.num_processes}"
+        where = processes.coordinator
+    return (
+        f"{who} on {socket.gethostname()} has ended before all had met at {where}, for which it waits {timeout} s: nothing was "
+        "computed. Fix: start every process within that time, all with the same --processes.coordinator, an address of "
+        "process 0 that the others reach, and --processes.num-processes, the number of them"
+    )
 
 
 def is_first() -> bool:

@@ -93,7 +93,7 @@ def resumable(
     folder = Path(run) / "state" / stage
     if save_every < 1:
         raise ValueError(f"save_every {save_every}: fix: a number of steps from 1")
-    notes = {"facts": dict(facts or {}), "forced": []}
+    notes = {"facts": dict(facts or {}), "forced": [], "mesh": _mesh_of(state)}
     first_step, state = _take_up(folder, stage, state, notes, force=force)
     if replay is not None:
         _check_replay(replay, folder, first_step)
@@ -173,8 +173,20 @@ def _take_up(folder: Path, stage: str, state: Any, notes: dict, *, force: bool) 
     if changed:
         notes["forced"] = [*notes["forced"], {"step": step, "changed": changed}]
         _tell(f"{stage}: goes on although {'; '.join(changed)}")
+    before = stored.get("mesh", notes["mesh"])
+    if before != notes["mesh"]:
+        _tell(
+            f"{stage}: saved on {before}, goes on on {notes['mesh']}: the state is exact, steps may differ in last bits"
+        )
     _tell(f"{stage}: resumed after {step} steps, state {short(state)}")
     return step, state
+
+
+def _mesh_of(state: Any) -> str:
+    """`data 4 x tensor 2`: the axes with more than one part of the mesh that the state lies on."""
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(state))
+    sizes = next((s.mesh.shape for s in shardings if isinstance(s, jax.sharding.NamedSharding)), {})
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
 def _enter(replay: Path | None, step: int, batch: Any) -> Any:

@@ -15,7 +15,7 @@ from rlhf_jax.runtime.processes import is_first, meet
 
 _PARTIAL = ".partial"
 _LOCK = "run.lock"
-_FREE = ("run", "resume", "force", "replay", "profile", "processes")
+_FREE = ("run", "resume", "force", "replay", "profile", "processes", "mesh")
 """Fields of a configuration that say how to go on, not what to do."""
 
 
@@ -24,8 +24,8 @@ def open_run(folder: Path, config: Any, *, resume: bool = False, force: bool = F
 
     Args:
       folder: where everything of the run goes.
-      config: a dataclass. Its fields `run`, `resume`, `force`, `replay`, `profile` and `processes` may change between calls; no
-        other may.
+      config: a dataclass. Its fields `run`, `resume`, `force`, `replay`, `profile`, `processes` and `mesh` may change between
+        calls; no other may.
       resume: continue in a folder that exists.
       force: continue with another configuration; what differed is added to `forced.txt`.
 

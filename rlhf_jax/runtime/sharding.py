@@ -279,5 +279,7 @@ def place(x: jax.Array | np.ndarray, sharding: jax.sharding.Sharding | None) -> 
     """Put an array there, which may be the devices of several processes; each then hands over its own part only."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

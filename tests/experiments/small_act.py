@@ -12,6 +12,7 @@ import ppo
 import reward_model
 import sft
 import task
+from meshes import COPIES, MeshConfig
 
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.processes import Processes, is_first
@@ -25,9 +26,9 @@ STEPS = 36
 NOBODY = Processes()
 
 
-def config_of(act, run, resume, processes=NOBODY):
+def config_of(act, run, resume, processes=NOBODY, mesh=COPIES):
     """The script's own configuration, small."""
-    shared = {"run": run, "resume": resume, "processes": processes, **LENGTHS}
+    shared = {"run": run, "resume": resume, "processes": processes, "mesh": mesh, **LENGTHS}
     if act == "sft":
         network = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 16}
         return sft.Config(**shared, sft=sft.SFTConfig(num_epochs=5, batch_size=8, save_every=3, **network))
@@ -38,7 +39,7 @@ def config_of(act, run, resume, processes=NOBODY):
     return ppo.Config(**shared, ppo=ppo.PPOConfig(**numbers))
 
 
-def play(act, run, resume, processes=NOBODY):
+def play(act, run, resume, processes=NOBODY, mesh=COPIES):
     """What the script does, then the parameters that it saved as bytes."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -46,7 +47,7 @@ def play(act, run, resume, processes=NOBODY):
     for name, value in SIZES.items():
         setattr(task, name, value)
     script = {"sft": sft, "reward_model": reward_model, "ppo": ppo}[act]
-    config = config_of(act, run, resume, processes)
+    config = config_of(act, run, resume, processes, mesh)
     with acts.alone(config):
         script.main(config)
         tokenizer, network, params = sft.load(run)
@@ -72,9 +73,11 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--devices", type=int, default=1, help="of this process")
+    parser.add_argument("--mesh", nargs="*", default=[], help="axis=size")
     parser.add_argument("--coordinator")
     parser.add_argument("--process-id", type=int)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
     flags = (args.coordinator, 2, args.process_id) if args.coordinator else ()
-    sys.exit(play(args.act, args.run, args.resume, Processes(False, *flags, heartbeat=10)))
+    mesh = MeshConfig(**{name: int(size) for name, size in (axis.split("=") for axis in args.mesh)})
+    sys.exit(play(args.act, args.run, args.resume, Processes(False, *flags, heartbeat=10), mesh))

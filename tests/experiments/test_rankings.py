@@ -152,7 +152,7 @@ def test_rounds_of_a_direct_method(run, monkeypatch, reference):
     """Each goes on from the last one's policy, which answers other questions; the reference is the one named."""
     seen, questions = [], []
 
-    def train(config, network, policy, data, *, seed, keep, stage):
+    def train(config, network, policy, data, *, seed, keep, stage, mesh):
         seen.append((policy, data, seed, stage))
         return jax.tree.map(lambda x: 1.2 * x, policy)
 

@@ -243,8 +243,8 @@ def compare(step, mesh_name, exact):
 class Watch:
     """The largest array that stood whole on a device, looked at all the time from a thread of its own."""
 
-    def __init__(self):
-        self.largest, self._over = 0, threading.Event()
+    def __init__(self, kinds="biuf"):
+        self.largest, self._kinds, self._over = 0, kinds, threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def _look(self):
@@ -254,7 +254,7 @@ class Watch:
     def look(self):
         for x in jax.live_arrays():
             whole = x.sharding.shard_shape(x.shape) == x.shape
-            self.largest = max(self.largest, x.nbytes if whole else 0)
+            self.largest = max(self.largest, x.nbytes if whole and x.dtype.kind in self._kinds else 0)
 
     def __enter__(self):
         self._thread.start()

@@ -3,6 +3,8 @@
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -107,6 +109,32 @@ def test_a_stop_asked_of_one_stops_both_at_one_step(tmp_path, together):
 def test_flags_that_cannot_be(tmp_path, flags, message):
     with pytest.raises(ValueError, match=re.escape(message)), joined(tmp_path, Processes(False, *flags)):
         pass
+
+
+def test_who_waits_in_vain_says_so(tmp_path):
+    """JAX's runtime aborts the process then; here something else does."""
+    code = (
+        "import os, sys, jax; from rlhf_jax.runtime.processes import Processes, joined\n"
+        "jax.distributed.initialize = lambda *_, **__: os.abort()\n"
+        "with joined(sys.argv[1], Processes(coordinator='host0:1234', num_processes=4, process_id=2)): pass"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGABRT
+    assert "process 2 of 4 on " in ended.stderr
+    assert (
+        "has ended before all had met at host0:1234, for which it waits 60 s: nothing was computed. Fix:"
+        in ended.stderr
+    )
+
+
+def test_an_environment_that_names_no_cluster(tmp_path, capfd):
+    """Is an error of its own, and nobody speaks for the process."""
+    with (
+        pytest.raises((ValueError, RuntimeError), match="coordinator_address should be defined"),
+        joined(tmp_path, Processes(distributed=True)),
+    ):
+        pass
+    assert "has ended" not in capfd.readouterr().err
 
 
 def test_alone_nothing_happens(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.bad_batch import dump_batch
 from rlhf_jax.runtime.resume import guarded, resumable
+from rlhf_jax.runtime.sharding import make_mesh, replicate
 
 START = {"w": jnp.arange(3, dtype=jnp.float32)}
 STEP = jax.jit(guarded(lambda state, batch: ({"w": state["w"] + 1}, {"loss": batch["x"].sum()})))
@@ -46,7 +47,23 @@ def test_other_facts_are_refused_or_recorded(tmp_path, capsys):
     assert "sft: goes on although tokenizer: '9f2c' -> '77d0'" in capsys.readouterr().err
     assert steps(tmp_path, until=6, facts=changed)[0] == 4
     notes = checkpoint.read_notes(tmp_path / "state" / "sft")
-    assert notes == {"facts": changed, "forced": [{"step": 2, "changed": ["tokenizer: '9f2c' -> '77d0'"]}]}
+    forced = [{"step": 2, "changed": ["tokenizer: '9f2c' -> '77d0'"]}]
+    assert notes == {"facts": changed, "forced": forced, "mesh": "one device"}
+
+
+def test_another_mesh_is_told(tmp_path, capsys):
+    """The state is the same, the order in which devices add is not; the same mesh, and older checkpoints, say nothing."""
+    folder, mesh = tmp_path / "state" / "sft", make_mesh()
+    steps(tmp_path, until=2)
+    with resumable(tmp_path, "sft", replicate(START, mesh), save_every=1) as kept:
+        np.testing.assert_array_equal(kept.state["w"], START["w"] + 2)
+        kept.finish(2, kept.state)
+    assert "sft: saved on one device, goes on on data 2: the state is exact, steps may" in capsys.readouterr().err
+    with resumable(tmp_path, "sft", replicate(START, mesh), save_every=1) as kept:
+        pass
+    checkpoint.save(folder, 9, START, notes={"facts": {}, "forced": []})
+    steps(tmp_path, until=9)
+    assert "saved on" not in capsys.readouterr().err
 
 
 def test_a_bad_metric_after_an_applied_update_saves_nothing_new(tmp_path):
