@@ -1,4 +1,5 @@
-"""The three scripts over two processes of four devices: the metrics of one with eight, and a kill that costs nothing."""
+"""The three scripts over two processes of four devices, and on a split mesh: the metrics of one with eight copies; and a kill
+that costs nothing."""
 
 import os
 import socket
@@ -44,17 +45,19 @@ def finish(*processes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All three acts by two processes, and by one."""
+    """All three acts by two processes, by one, and by one on a mesh that splits parameters."""
     folder = tmp_path_factory.mktemp("runs")
     for act in ACTS:
         finish(*start_pair(act, folder / "two"))
         finish(start(act, folder / "one", "--devices", "8"))
+        finish(start(act, folder / "split", "--devices", "8", "--mesh", "fsdp=2", "tensor=2"))
     return folder
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_metrics_are_those_of_one_process(runs, act):
-    ours, theirs = (outcome(runs / name, act)[1] for name in ("two", "one"))
+@pytest.mark.parametrize("run", ["two", "split"])
+def test_metrics_are_those_of_one_process_of_copies(runs, run, act):
+    ours, theirs = (outcome(runs / name, act)[1] for name in (run, "one"))
     assert [row["step"] for row in ours] == list(range(len(theirs)))
     assert len(ours) >= 30
     for row, other in zip(ours, theirs, strict=True):
