@@ -15,6 +15,7 @@ import numpy as np
 import rlhf_jax as rl
 from rlhf_jax.models import huggingface
 from rlhf_jax.models.attention import blocked_attention
+from rlhf_jax.models.products import small_turned
 from rlhf_jax.models.rope import Rope
 from rlhf_jax.models.transformer import LayerKind
 from rlhf_jax.types import Params
@@ -24,6 +25,7 @@ _COMMON = {
     "norm_eps": 1e-5,
     "kinds": (LayerKind(rope=Rope(base=1e6)),),
     "attention_fn": blocked_attention,
+    "product_fn": small_turned,
 }
 MODELS = {
     "tiny": rl.TransformerConfig(

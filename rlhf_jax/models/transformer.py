@@ -21,6 +21,7 @@ from rlhf_jax.models.experts import ExpertsFn, routed_mlp
 from rlhf_jax.models.kv_cache import KVCache, empty_cache, fork_cache, refill_cache, store
 from rlhf_jax.models.norms import layer_norm, rms_norm
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
+from rlhf_jax.models.products import ProductFn
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
 
@@ -105,6 +106,8 @@ class TransformerConfig:
     """The implementation of attention; see `models.attention`."""
     experts_fn: ExpertsFn = routed_mlp
     """How tokens reach their experts; see `models.experts`."""
+    product_fn: ProductFn = jnp.einsum
+    """Products with weights; see `models.products`."""
     constrain_fn: ConstrainFn = unconstrained
     """Where activations live, said from outside: `runtime.sharding.constrain_on(mesh)`."""
     remat_policy: Callable | None = None
@@ -303,7 +306,9 @@ def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax
     """Logits `[..., V]` in float32 of hidden states `[..., D]`."""
     matrix = params["embedding" if config.tie_embeddings else "unembedding"].astype(config.dtype)
     matrix = config.constrain_fn(matrix, VOCABULARY)  # what travels is rounded first
-    logits = jnp.einsum("...d,vd->...v", hidden.astype(config.dtype), matrix, preferred_element_type=jnp.float32)
+    rows = "bt"[: hidden.ndim - 1]
+    equation, states = f"{rows}d,vd->{rows}v", hidden.astype(config.dtype)
+    logits = config.product_fn(equation, states, matrix, preferred_element_type=jnp.float32)
     return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
@@ -363,9 +368,9 @@ def _block(weights, config, x, layer_inputs, keys, values, at):
     return after + (_norm(config, weights, "mlp_post_norm", update) if config.post_norm else update), keys, values
 
 
-def _product(equation: str, x: jax.Array, weight) -> jax.Array:
-    """`einsum` with a weight; one that is still no array after `astype` has its own product (`lora.LowRank`)."""
-    return jnp.einsum(equation, x, weight) if isinstance(weight, jax.Array) else weight.product(equation, x)
+def _product(config: TransformerConfig, equation: str, x: jax.Array, weight) -> jax.Array:
+    """With a weight; one that is still no array after `astype` has its own product (`lora.LowRank`)."""
+    return config.product_fn(equation, x, weight) if isinstance(weight, jax.Array) else weight.product(equation, x)
 
 
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -377,7 +382,7 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
     turn, sight, past = layer_inputs
 
     def heads(name: str) -> jax.Array:
-        projected = _product("btd,dnc->btnc", h, weights[name])
+        projected = _product(config, "btd,dnc->btnc", h, weights[name])
         if config.qkv_bias:
             projected = _add_bias(projected, weights[f"{name}_bias"])
         if config.qk_norm and name != "value":
@@ -397,7 +402,7 @@ def _attention(weights, config, h, layer_inputs, keys, values, at):
         *shared, sight_of_past = past
         shared = [jnp.swapaxes(x, 1, 2) for x in shared]
         attended = forked_attention(query, (*shared, sight_of_past), (key, value, sight), **options)
-    update = _product("btnc,ncd->btd", attended, weights["out"])
+    update = _product(config, "btnc,ncd->btd", attended, weights["out"])
     return _add_bias(update, weights["out_bias"]) if config.out_bias else update, keys, values
 
 
@@ -408,7 +413,7 @@ def _mlp(weights, config, h):
         return config.experts_fn(h, *matrices, **options, activation=config.activation)
 
     def dense(name: str, x: jax.Array) -> jax.Array:
-        product = _product("btd,df->btf", x, weights[name])
+        product = _product(config, "btd,df->btf", x, weights[name])
         return _add_bias(product, weights[f"{name}_bias"]) if config.mlp_bias else product
 
     inner = config.activation(dense("gate", h)) * dense("up", h) if config.gated else config.activation(dense("up", h))
