@@ -125,7 +125,7 @@ def llama_config(config: TransformerConfig) -> dict[str, Any]:
 
 def network_of(config: TransformerConfig) -> tuple:
     """What of a config a checkpoint determines: all but how it is computed."""
-    loops = {"remat", "remat_policy", "logits_chunk", "unroll", "layers_apart"}
+    loops = {"remat", "remat_policy", "logits_chunk", "unroll", "layers_apart", "product_fn"}
     how = {"dtype", "attention_fn", "constrain_fn", "experts_fn", *loops}
     return tuple((name, value) for name, value in vars(config).items() if name not in how)
 
