@@ -34,14 +34,15 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def machine() -> Rates:
-    """FLOP/s of a float32 product of 2048 rows, bytes/s read and written by a pass over 256 MiB in place: best of five."""
-    matrix, array = jnp.ones((2048, 2048)), jnp.ones((1 << 26,))
-    product = jax.jit(lambda x: x @ x)
-    # Eight passes in one call and one buffer: new pages would cost more than the pass.
+def machine(dtype: Any = jnp.float32, *, side: int = 2048, mebibytes: int = 256) -> Rates:
+    """FLOP/s of products of random `[side, side]`, bytes/s read and written by passes in place: best of five calls."""
+    matrix = (jax.random.normal(jax.random.key(0), (side, side)) * side**-0.5).astype(dtype)
+    array = jnp.ones((mebibytes << 18,))
+    # Several in one call: the passes in one buffer, for new pages would cost more than the pass.
+    products = jax.jit(lambda x, y: jax.lax.fori_loop(0, 4, lambda i, x: x @ y, x))
     passes = jax.jit(lambda x: jax.lax.fori_loop(0, 8, lambda i, x: x + 1.0, x))
-    jax.block_until_ready((product(matrix), passes(array)))
-    flops = 2 * 2048**3 / min(seconds(lambda: product(matrix)) for _ in range(5))
+    jax.block_until_ready((products(matrix, matrix), passes(array)))
+    flops = 4 * 2 * side**3 / min(seconds(lambda: products(matrix, matrix)) for _ in range(5))
     return Rates(flops, 8 * 2 * array.nbytes / min(seconds(lambda: passes(array)) for _ in range(5)))
 
 

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from roofline import Phase, line, machine, num_bytes
+from roofline import Phase, Rates, line, machine, num_bytes
 from work import FIRST_WORD, LEARNING_RATE, MODELS, STEPS, Sizes, Weights, stored_weights, words
 
 import rlhf_jax as rl
+from rlhf_jax.training.ppo import PPOIteration
 from rlhf_jax.types import Metrics, Objective, Params
 
 
@@ -139,8 +140,10 @@ def sampling_phases(network: rl.TransformerConfig, sample: Callable, rows: int, 
     shapes = jax.eval_shape(lambda: args)
     whole, first = (rl.matmul_flops(sample, *shapes, while_steps=steps) for steps in (sizes.new - 1, 0))
     params = shapes[0]
-    weights = num_bytes(params) - num_bytes(params["embedding"])
-    per_column = 2 * 4 * network.num_layers * rows * network.num_kv_heads * network.head_dim
+    weights = num_bytes(params) - (0 if network.tie_embeddings else num_bytes(params["embedding"]))
+    per_column = (
+        2 * jnp.dtype(network.dtype).itemsize * network.num_layers * rows * network.num_kv_heads * network.head_dim
+    )
     columns = sum(sizes.prompt + i for i in range(1, sizes.new))
     decode = Phase(whole - first, (sizes.new - 1) * weights + per_column * columns)
     return {"prefill": Phase(first, weights + per_column * sizes.prompt), "decode": decode}
@@ -170,19 +173,32 @@ def generation(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) ->
     )
 
 
-def ppo(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
-    """Policy, critic of its own, frozen reference and reward model; one program an iteration."""
-    model, optimizer = rl.causal_model(network), rl.adam_optimizer(LEARNING_RATE)
-    critic = rl.separate_critic(model)
-    sample, score = sampler(network, sizes), rl.make_score_fn(model, missing_eos_penalty=0.0)
-    experience = rl.make_experience_fn(model, critic)
-    train_step = rl.make_train_step(rl.actor_critic(model, critic), optimizer)
-    rounds = {"num_epochs": sizes.epochs, "num_minibatches": sizes.minibatches}
-    update = rl.make_ppo_update(train_step, kl_target=None, **rounds)
+def ppo_iteration(
+    network: rl.TransformerConfig, sizes: Sizes, weights: Weights
+) -> tuple[PPOIteration, rl.Frozen, rl.PPOState]:
+    """Policy, critic of its own, frozen reference and reward model: an iteration, what it reads, and where it starts."""
+    sample, score, experience, update, optimizer = ppo_parts(network, sizes)
     policy, rewarding = weights.policy(), weights.scorer()
     frozen = rl.Frozen(ref_params=policy, reward_params=rewarding)
     state = rl.init_ppo_state(policy, rewarding, optimizer, kl_coef=0.05)
-    jitted = jax.jit(rl.make_ppo_iteration(sample, score, experience, update), donate_argnames="state")
+    return rl.make_ppo_iteration(sample, score, experience, update), frozen, state
+
+
+def ppo_parts(network: rl.TransformerConfig, sizes: Sizes) -> tuple[Callable, Callable, Callable, Callable, Any]:
+    """What an iteration is composed of, and the optimiser."""
+    model, optimizer = rl.causal_model(network), rl.adam_optimizer(LEARNING_RATE)
+    critic = rl.separate_critic(model)
+    score, experience = rl.make_score_fn(model, missing_eos_penalty=0.0), rl.make_experience_fn(model, critic)
+    train_step = rl.make_train_step(rl.actor_critic(model, critic), optimizer)
+    rounds = {"num_epochs": sizes.epochs, "num_minibatches": sizes.minibatches}
+    update = rl.make_ppo_update(train_step, kl_target=None, **rounds)
+    return sampler(network, sizes), score, experience, update, optimizer
+
+
+def ppo(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
+    """One program an iteration."""
+    iteration, frozen, state = ppo_iteration(network, sizes, weights)
+    jitted = jax.jit(iteration, donate_argnames="state")
 
     def batch(i: int) -> rl.PPOBatch:
         return rl.PPOBatch(prompts(network, sizes.prompts, sizes.prompt, i))
@@ -193,12 +209,13 @@ def ppo(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
         return metrics
 
     def count() -> dict[str, Phase]:
-        learn = rl.make_learn(score, experience, update)
-        sampled = jax.eval_shape(sample, policy, batch(0).prompts, jax.random.key(0))
+        sample, *parts, _ = ppo_parts(network, sizes)
+        policy, key = frozen.ref_params, jax.random.key(0)
+        sampled = jax.eval_shape(sample, policy, batch(0).prompts, key)
         shapes = jax.eval_shape(lambda: (frozen, state))
-        learned = rl.matmul_flops(learn, *shapes, sampled, None, jax.random.key(0))
+        learned = rl.matmul_flops(rl.make_learn(*parts), *shapes, sampled, None, key)
         moved = num_bytes(frozen) + sizes.epochs * sizes.minibatches * updated_bytes(state.params)
-        phases = sampling_phases(network, sample, sizes.prompts, sizes, policy, batch(0).prompts, jax.random.key(0))
+        phases = sampling_phases(network, sample, sizes.prompts, sizes, policy, batch(0).prompts, key)
         return {**phases, "learn": Phase(learned, moved)}
 
     return Task(step, sizes.prompts, "episodes", count)
@@ -261,7 +278,7 @@ def process_age() -> float:
         return float(uptime.read().split()[0]) - started
 
 
-def measure(task: Task, warmup: int, steps: int) -> dict[str, Any]:
+def measure(task: Task, warmup: int, steps: int, rates: Rates) -> dict[str, Any]:
     """Do it so often, and what came of it."""
     compiling: list[float] = []
 
@@ -287,7 +304,7 @@ def measure(task: Task, warmup: int, steps: int) -> dict[str, Any]:
         "time_to_first_step_s": round(first, 2),
         "compile_s": round(sum(compiling), 2),
         "peak_rss_mb": round(peak, 1),
-        "roofline": line(task.count(), machine(), wall),
+        "roofline": line(task.count(), rates, wall),
     }
 
 
@@ -295,7 +312,7 @@ def main(config: Config) -> None:
     """One task."""
     network, warmup = MODELS[config.size], 1 if config.task in ("ppo", "grpo") else 2
     task = TASKS[config.task](network, Sizes(), stored_weights(network, config.weights / config.size))
-    found = measure(task, warmup, config.steps or STEPS[config.size][config.task])
+    found = measure(task, warmup, config.steps or STEPS[config.size][config.task], machine())
     versions = {"jax": jax.__version__, "devices": [device.device_kind for device in jax.devices()]}
     print(json.dumps({"lib": "rlhf_jax", "task": config.task, "size": config.size, **found, "versions": versions}))
 

@@ -89,7 +89,7 @@ def random_weights(network: rl.TransformerConfig) -> Weights:
 
     def scorer() -> Params:
         trunk = rl.transformer.init(jax.random.key(1), network)
-        trunk.pop("unembedding")
+        trunk.pop("unembedding", None)
         return {"trunk": trunk, "head": rl.init_reward_head(jax.random.key(2), network.model_dim)}
 
     return Weights(lambda: rl.transformer.init(jax.random.key(0), network), scorer)

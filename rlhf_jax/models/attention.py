@@ -193,11 +193,13 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's fused kernel: NVIDIA GPUs, bfloat16 or float16, head width a multiple of 8 up to 128.
 
-    `xla_attention` instead with a soft cap, and where T or S is odd, for which it has no gradient.
+    `xla_attention` instead with a soft cap, and where T or S is odd, for which it has no gradient. Where the keys are the
+    queries' own row, it is told that none sees a later one, which the mask says too, and skips half of the products.
     """
     if softcap is not None or query.shape[1] % 2 or key.shape[1] % 2:
         return xla_attention(query, key, value, sight, scale=scale, softcap=softcap)
-    return jax.nn.dot_product_attention(query, key, value, mask=sight.mask, scale=scale, implementation="cudnn")
+    options = {"mask": sight.mask, "scale": scale, "is_causal": query.shape[1] == key.shape[1]}
+    return jax.nn.dot_product_attention(query, key, value, **options, implementation="cudnn")
 
 
 def tpu_attention(

@@ -29,6 +29,32 @@ def small_turned(equation: str, states: jax.Array, weight: jax.Array, preferred_
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gradient_rounded(product: ProductFn, equation: str, states: jax.Array, weight: jax.Array) -> jax.Array:
+    """`product` to float32 of operands in 16 bits, whose gradient is rounded to 16 bits before it is multiplied.
+
+    Autodiff would multiply the float32 gradient by operands made float32 again, on a GPU in TF32, at half the rate or less.
+    For logits: their gradient, `p - 1[token]`, keeps the 8 bits of every other gradient in such a network.
+
+    Args:
+      product: as `jnp.einsum`.
+      equation, states, weight: its operands; both of one dtype.
+    """
+    return product(equation, states, weight, preferred_element_type=jnp.float32)
+
+
+def _rounded_forward(product: ProductFn, equation: str, states: jax.Array, weight: jax.Array):
+    return gradient_rounded(product, equation, states, weight), (states, weight)
+
+
+def _rounded_backward(product: ProductFn, equation: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    _, transposed = jax.vjp(partial(product, equation), *saved)
+    return transposed(gradient.astype(saved[0].dtype))
+
+
+gradient_rounded.defvjp(_rounded_forward, _rounded_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(equation: str, dtype: Any, states: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(equation, states, weight, preferred_element_type=dtype)
 

@@ -21,7 +21,7 @@ from rlhf_jax.models.experts import ExpertsFn, routed_mlp
 from rlhf_jax.models.kv_cache import KVCache, empty_cache, fork_cache, refill_cache, store
 from rlhf_jax.models.norms import layer_norm, rms_norm
 from rlhf_jax.models.parameters import ConstrainFn, ParamSpec, Specs, init_params, unconstrained
-from rlhf_jax.models.products import ProductFn
+from rlhf_jax.models.products import ProductFn, gradient_rounded
 from rlhf_jax.models.rope import DynamicNTK, LongRope, Rope, rotate, rotation
 from rlhf_jax.types import CausalModel, Params
 
@@ -308,7 +308,10 @@ def unembed(params: Params, config: TransformerConfig, hidden: jax.Array) -> jax
     matrix = config.constrain_fn(matrix, VOCABULARY)  # what travels is rounded first
     rows = "bt"[: hidden.ndim - 1]
     equation, states = f"{rows}d,vd->{rows}v", hidden.astype(config.dtype)
-    logits = config.product_fn(equation, states, matrix, preferred_element_type=jnp.float32)
+    if jnp.dtype(config.dtype).itemsize == 2:
+        logits = gradient_rounded(config.product_fn, equation, states, matrix)
+    else:
+        logits = config.product_fn(equation, states, matrix, preferred_element_type=jnp.float32)
     return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 

@@ -197,6 +197,33 @@ def test_cudnn_is_what_cuda_would_get(monkeypatch):
     assert "__cudnn" not in lowered(16, softcap=2.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("windows", [(None,), (5,)], ids=["all", "window"])
+@pytest.mark.parametrize("keys", [128, 160], ids=["own row", "cache"])
+def test_cudnn_equals_plain_attention(windows, keys):
+    """Values and gradients in bfloat16, padding left and right, packed rows; a float32 softmax is the reference."""
+    segments = np.ones((3, 128), np.int32)
+    segments[0, :40], segments[1, 100:], segments[2, 64:] = 0, 0, 2
+    held = jnp.pad(jnp.asarray(segments), ((0, 0), (0, keys - 128)))
+    sight = sights(jnp.asarray(segments), held, START, windows)(jnp.asarray(0))
+    query = arrays(3, 128, (8, 2, 2), 64, jnp.bfloat16)[0]
+    key, value = arrays(3, keys, (8, 2, 2), 64, jnp.bfloat16)[1:]
+    real = jnp.asarray(segments > 0)[:, :, None, None]
+
+    def summed(attend):
+        def total(query, key, value):
+            attended = attend(query, key, value, sight, scale=0.125).astype(jnp.float32)
+            return jnp.where(real, jnp.sin(attended), 0.0).sum(), jnp.where(real, attended, 0.0)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+    (gradients, attended), (expected_gradients, expected) = summed(cudnn_attention), summed(plain_attention)
+    for got, want in zip((attended, *gradients), (expected, *expected_gradients), strict=True):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+
 def test_the_best_implementation():
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
     assert best_for(gpu, dtype="bfloat16", head_dim=64) is cudnn_attention

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from rlhf_jax.models import transformer
-from rlhf_jax.models.products import small_turned
+from rlhf_jax.models.products import gradient_rounded, small_turned
 from rlhf_jax.objectives import sft
 from rlhf_jax.types import SequenceBatch
 
@@ -44,6 +44,37 @@ def test_equals_autodiff(equation, dtype):
         assert a.dtype == b.dtype
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, atol=(1e-6 if dtype == "float32" else 2e-2) * np.abs(b).max())
+
+
+@pytest.mark.parametrize("product", [jnp.einsum, small_turned], ids=["einsum", "small_turned"])
+def test_a_rounded_gradient(product):
+    """Of logits: the value to the bit; every product is of two bfloat16 operands; gradients near those in float32."""
+    equation, shapes = "btd,vd->btv", EQUATIONS["btd,vd->btv"]
+    rng = np.random.default_rng(0)
+    operands = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+    def of(logits_of):
+        return lambda *operands: jax.nn.logsumexp(logits_of(*operands), axis=-1).sum()
+
+    def rounded(*operands):
+        return gradient_rounded(product, equation, *operands)
+
+    def plain(*operands):
+        return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+    np.testing.assert_array_equal(rounded(*operands), plain(*operands))
+    found, exact = jax.grad(of(rounded), (0, 1))(*operands), jax.grad(of(plain), (0, 1))(*operands)
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=2**-7 * np.abs(b).max())
+
+    def dtypes(logits_of):
+        traced = jax.make_jaxpr(jax.grad(of(logits_of), (0, 1)))(*operands).jaxpr
+        return {x.aval.dtype.name for e in _equations(traced) if e.primitive.name == "dot_general" for x in e.invars}
+
+    assert dtypes(rounded) == {"bfloat16"}
+    assert "float32" in dtypes(plain)
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
