@@ -31,8 +31,8 @@ from work import LEARNING_RATE, MODELS, Sizes, Weights, random_weights, words
 
 import rlhf_jax as rl
 from rlhf_jax.models import attention
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.rope import Rope
-from rlhf_jax.models.transformer import LayerKind
 
 SHAPES = {
     "1b": rl.TransformerConfig(
@@ -161,7 +161,7 @@ def learning(config: Config) -> dict[str, Any]:
     network = network_of(config, logits_chunk=config.logits_chunk, unroll=config.unroll)
     sizes, weights = Sizes(), random_weights(network)
     drawn = Weights(jax.jit(weights.policy), jax.jit(weights.scorer))
-    return measure(ppo(network, sizes, drawn), 1, config.repeats, device_rates(config))
+    return measure(ppo(network, sizes, drawn), 1, config.repeats, partial(device_rates, config))
 
 
 def runs(config: Config) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def process_age() -> float:
         return float(uptime.read().split()[0]) - started
 
 
-def measure(task: Task, warmup: int, steps: int, rates: Rates) -> dict[str, Any]:
+def measure(task: Task, warmup: int, steps: int, rates: Callable[[], Rates] = machine) -> dict[str, Any]:
     """Do it so often, and what came of it."""
     compiling: list[float] = []
 
@@ -304,7 +304,7 @@ def measure(task: Task, warmup: int, steps: int, rates: Rates) -> dict[str, Any]
         "time_to_first_step_s": round(first, 2),
         "compile_s": round(sum(compiling), 2),
         "peak_rss_mb": round(peak, 1),
-        "roofline": line(task.count(), rates, wall),
+        "roofline": line(task.count(), rates(), wall),
     }
 
 
@@ -312,7 +312,7 @@ def main(config: Config) -> None:
     """One task."""
     network, warmup = MODELS[config.size], 1 if config.task in ("ppo", "grpo") else 2
     task = TASKS[config.task](network, Sizes(), stored_weights(network, config.weights / config.size))
-    found = measure(task, warmup, config.steps or STEPS[config.size][config.task], machine())
+    found = measure(task, warmup, config.steps or STEPS[config.size][config.task])
     versions = {"jax": jax.__version__, "devices": [device.device_kind for device in jax.devices()]}
     print(json.dumps({"lib": "rlhf_jax", "task": config.task, "size": config.size, **found, "versions": versions}))
 

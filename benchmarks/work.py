@@ -14,10 +14,10 @@ import numpy as np
 
 import rlhf_jax as rl
 from rlhf_jax.models import huggingface
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.attention import blocked_attention
 from rlhf_jax.models.products import small_turned
 from rlhf_jax.models.rope import Rope
-from rlhf_jax.models.transformer import LayerKind
 from rlhf_jax.types import Params
 
 _COMMON = {
@@ -26,6 +26,7 @@ _COMMON = {
     "kinds": (LayerKind(rope=Rope(base=1e6)),),
     "attention_fn": blocked_attention,
     "product_fn": small_turned,
+    "last_layer_where_read": True,
 }
 MODELS = {
     "tiny": rl.TransformerConfig(

@@ -18,7 +18,7 @@ import rlhf_jax as rl
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.functional.rewards import normalize_scores, subtract_missing_eos
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.training.evaluate import token_kl
 from rlhf_jax.types import Generation, Params
 

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_jax.models import huggingface
+from rlhf_jax.models.architecture import LayerKind, TransformerConfig
 from rlhf_jax.models.rope import Rope
-from rlhf_jax.models.transformer import LayerKind, TransformerConfig
 from rlhf_jax.types import Params
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"

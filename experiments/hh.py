@@ -37,7 +37,7 @@ from scoring import row_logprobs, row_sums, score_rows
 
 from rlhf_jax.data.records import Preference
 from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.runs import open_run, write_json_lines
 from rlhf_jax.types import Params, RankingBatch

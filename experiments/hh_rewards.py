@@ -18,7 +18,7 @@ from scoring import in_parts, score_rows
 from rlhf_jax.functional.masking import masked_mean
 from rlhf_jax.functional.reward_losses import bradley_terry_loss
 from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.objectives import policy_hidden
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog

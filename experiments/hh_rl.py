@@ -18,8 +18,8 @@ from hh_data import HHData
 
 from rlhf_jax.functional.rewards import normalize_scores
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import init_value_head, sequence_scores
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import actor_critic, shared_critic
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog

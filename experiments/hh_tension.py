@@ -32,8 +32,8 @@ from rlhf_jax.data.batching import batch_indices, split_by_prompt
 from rlhf_jax.data.records import Preference
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import ensemble_scores, init_reward_head
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import reward_model
 from rlhf_jax.training.ensembles import init_ensemble, make_ensemble_step
 from rlhf_jax.training.evaluate import Interval, mean_interval, proportion_interval

@@ -14,7 +14,7 @@ from scoring import row_logprobs, row_sums, score_rows
 
 from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.training.evaluate import win_rate
 from rlhf_jax.types import Generation, Params

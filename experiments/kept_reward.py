@@ -12,9 +12,9 @@ from scoring import score_rows
 
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import head_specs, init_reward_head
 from rlhf_jax.models.parameters import Specs
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.types import Params, PromptBatch
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rlhf_jax.models.architecture import TransformerConfig, param_specs
 from rlhf_jax.models.experts import experts_on
-from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.runtime.sharding import (
     BATCH_AXES,
     COLUMN_AXIS,

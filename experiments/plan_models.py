@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from rlhf_jax.models import huggingface
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 
 _LLAMA3 = {
     "model_type": "llama",

@@ -26,8 +26,8 @@ from acts import alone, check_rollout, facts, is_played, note_command, policy_ke
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import init_value_head
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import actor_critic, separate_critic, shared_critic
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog

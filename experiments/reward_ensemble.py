@@ -29,8 +29,8 @@ from task import TaskConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.functional import ensemble_mean, normalize_members, ordered_pairs, uncertainty_weighted, worst_case
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import ensemble_scores, init_reward_head
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import guarded

@@ -15,7 +15,7 @@ from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.runtime.processes import on_every_host
 from rlhf_jax.types import CausalModel, Generation, Params, PromptBatch
 

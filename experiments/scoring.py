@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import sequence_scores
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sequence_token_logprobs
 from rlhf_jax.runtime.processes import on_every_host
 from rlhf_jax.types import Params

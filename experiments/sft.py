@@ -23,9 +23,9 @@ from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.demonstrations import read_demonstrations
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.attention import best_for
 from rlhf_jax.models.huggingface import Pretrained
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.metrics import MetricLog

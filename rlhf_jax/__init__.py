@@ -84,6 +84,7 @@ from rlhf_jax.generation.best_of_n import best_of_n
 from rlhf_jax.generation.continuous import generate_continuously
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import (
     combine_attributes,
@@ -97,7 +98,7 @@ from rlhf_jax.models.heads import (
 )
 from rlhf_jax.models.offload import on_host, stream
 from rlhf_jax.models.ring_attention import ring_attention_on
-from rlhf_jax.models.transformer import TransformerConfig, causal_model
+from rlhf_jax.models.transformer import causal_model
 from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
     AttributeBatch,

@@ -21,6 +21,9 @@ Params: TypeAlias = Any
 Cache: TypeAlias = Any
 """A pytree of arrays that a model keeps between two calls while it decodes."""
 
+PickFn: TypeAlias = Callable[[Array], Array]
+"""`[B, T, ...] -> [B, R, ...]`: some columns of an array that is aligned to its tokens; `models.picking` has them."""
+
 Metrics: TypeAlias = dict[str, Float[Array, ""]]
 """Name to scalar."""
 
@@ -49,6 +52,11 @@ class CausalModel(NamedTuple):
     `refill_cache(cache, rows [R], fresh) -> cache`
         Row `rows[r]` forgets what it holds and goes on from row r of `fresh`, a full cache; a row beyond the last is left
         out. From then on one token at a time is appended, and the columns are a ring: the oldest are overwritten.
+
+    One more leaves out work whose result nobody reads; without it all is computed, then picked.
+
+    `hidden_at(params, tokens, positions, segment_ids, cache | None, pick) -> (hidden [B, R, D], cache)`
+        `hidden` at the columns that `pick` picks.
     """
 
     hidden: Callable[..., tuple[Float[Array, "B T D"], Cache]]
@@ -57,6 +65,7 @@ class CausalModel(NamedTuple):
     logits_chunk: int | None = None
     fork_cache: Callable[[Cache, int, int], Cache] | None = None
     refill_cache: Callable[[Cache, Int[Array, "R"], Cache], Cache] | None = None
+    hidden_at: Callable[..., tuple[Float[Array, "B R D"], Cache]] | None = None
 
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Float[Array, ""], Float[Array, ""], WeightedMetrics]]

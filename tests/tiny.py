@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import init_reward_head, init_value_head
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import Frozen, PromptBatch
 
 VOCAB, EOS, PAD = 17, 1, 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.generation.hoisting import hoist
 from rlhf_jax.generation.sampling import sample_token
+from rlhf_jax.models.picking import hidden_at, last_columns
 from rlhf_jax.types import Cache, CausalModel, Generation, Params, PromptBatch
 
 
@@ -117,10 +118,11 @@ def generate_continuously(
         prompt = jnp.minimum(queue.started + jnp.arange(refill_size), num_prompts)
         tokens, ids = (x.at[prompt].get(mode="clip") for x in (prompts.tokens, segments))
         fresh = model.init_cache(refill_size, prompt_length)
-        hidden, fresh = model.hidden(params, tokens, positions_from_segments(ids), ids, fresh)
+        positions = positions_from_segments(ids)
+        hidden, fresh = hidden_at(model, params, tokens, positions, ids, last_columns(1), fresh)
         cache = model.refill_cache(queue.cache, jnp.where(prompt < num_prompts, slots, num_slots), fresh)
         queue = queue._replace(started=jnp.minimum(queue.started + refill_size, num_prompts))
-        return write(queue, slots, prompt, model.unembed(params, hidden[:, -1]), cache)
+        return write(queue, slots, prompt, model.unembed(params, hidden[:, 0]), cache)
 
     def decode(queue: _Queue) -> _Queue:
         prompt = queue.prompt

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.generation.hoisting import hoist
 from rlhf_jax.generation.sampling import sample_token
+from rlhf_jax.models.picking import hidden_at, last_columns
 from rlhf_jax.types import Cache, CausalModel, Generation, Params, PromptBatch
 
 
@@ -34,8 +35,9 @@ def _prefill(
     num_rows, prompt_length = prompts.tokens.shape
     cache = model.init_cache(num_rows, prompt_length if shared else prompt_length + max_new_tokens)
     segments = prompts.mask.astype(jnp.int32)
-    hidden, cache = model.hidden(params, prompts.tokens, positions_from_segments(segments), segments, cache)
-    logits = model.unembed(params, hidden[:, -1])
+    positions = positions_from_segments(segments)
+    hidden, cache = hidden_at(model, params, prompts.tokens, positions, segments, last_columns(1), cache)
+    logits = model.unembed(params, hidden[:, 0])
     if not shared:
         return cache, logits
     return model.fork_cache(cache, num_samples, max_new_tokens), jnp.repeat(logits, num_samples, axis=0)

@@ -14,6 +14,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
+from rlhf_jax.types import PickFn
+
 AttentionFn: TypeAlias = Callable[..., jax.Array]
 """`attend(query [B, T, N, C], key [B, S, G, C], value [B, S, G, C], sight, *, scale, softcap) -> [B, T, N, C]`;
 N query heads share G key heads, N / G neighbours each. Logits are `scale * q·k`, where a soft cap is given through
@@ -38,6 +40,11 @@ class Sight:
     """`[]`: the layer's place in `windows`; it may be traced."""
     windows: tuple[int | None, ...] = struct.field(pytree_node=False, default=(None,))
     """Tokens that a query of each kind of layer sees, itself included; None sees all before it."""
+
+    def of(self, pick: PickFn) -> "Sight":
+        """What the picked queries see; the keys stay."""
+        mask = jnp.swapaxes(pick(jnp.swapaxes(self.mask, 1, 2)), 1, 2)
+        return self.replace(mask=mask, query_segments=pick(self.query_segments))
 
 
 def causal_mask(query_segments: jax.Array, key_segments: jax.Array, start: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 from rlhf_jax.models import hf_configs, layouts
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.hf_configs import Fields
 from rlhf_jax.models.layouts import Layout
-from rlhf_jax.models.transformer import TransformerConfig
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.functional.masking import last_true_index, masked_mean, positions_from_segments
 from rlhf_jax.models.parameters import ParamSpec, Specs
+from rlhf_jax.models.picking import column_of_row, hidden_at
 from rlhf_jax.types import CausalModel, Params
 
 
@@ -71,17 +72,15 @@ def sequence_scores(
       segment_ids: `[B, T]`, 0 = padding.
       mean_over: `[B, T]` mask of the tokens to average over, the completion's; None reads the last real token.
     """
-    positions = positions_from_segments(segment_ids)
-    hidden, _ = model.hidden(params["trunk"], tokens, positions, segment_ids)
-    if mean_over is not None:
-        return masked_mean(scalar_head(params["head"], hidden), mean_over, axis=1)
-    return scalar_head(params["head"], _final_hidden(hidden, segment_ids))[:, 0]
+    if mean_over is None:
+        return scalar_head(params["head"], _final_hidden(model, params["trunk"], tokens, segment_ids))[:, 0]
+    hidden, _ = model.hidden(params["trunk"], tokens, positions_from_segments(segment_ids), segment_ids)
+    return masked_mean(scalar_head(params["head"], hidden), mean_over, axis=1)
 
 
 def sequence_attributes(model: CausalModel, params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Attributes `[B, A]` of whole rows: an attribute head read at the last real token; arguments of `sequence_scores`."""
-    hidden, _ = model.hidden(params["trunk"], tokens, positions_from_segments(segment_ids), segment_ids)
-    return attribute_head(params["head"], _final_hidden(hidden, segment_ids))[:, 0]
+    return attribute_head(params["head"], _final_hidden(model, params["trunk"], tokens, segment_ids))[:, 0]
 
 
 def ensemble_scores(
@@ -95,7 +94,7 @@ def ensemble_scores(
     return jax.vmap(lambda member: sequence_scores(model, member, tokens, segment_ids, mean_over))(params)
 
 
-def _final_hidden(hidden: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _final_hidden(model: CausalModel, trunk: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """The hidden state `[B, 1, D]` of every row's last real token."""
-    last = last_true_index(segment_ids > 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    pick = column_of_row(last_true_index(segment_ids > 0))
+    return hidden_at(model, trunk, tokens, positions_from_segments(segment_ids), segment_ids, pick)[0]

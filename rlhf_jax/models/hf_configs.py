@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
+from rlhf_jax.models.architecture import LayerKind, TransformerConfig
 from rlhf_jax.models.rope import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, Yarn
-from rlhf_jax.models.transformer import LayerKind, TransformerConfig
 
 
 class Fields:

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from rlhf_jax.models.architecture import TransformerConfig, param_specs
 from rlhf_jax.models.families import FAMILIES, Entry, Family
 from rlhf_jax.models.hf_configs import Fields
 from rlhf_jax.models.parameters import ParamSpec, is_spec
 from rlhf_jax.models.tensor_files import Stored, find_tensors, read_object, write_tensors
-from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import Params
 
 HARMLESS = frozenset(
@@ -125,7 +125,7 @@ def llama_config(config: TransformerConfig) -> dict[str, Any]:
 
 def network_of(config: TransformerConfig) -> tuple:
     """What of a config a checkpoint determines: all but how it is computed."""
-    loops = {"remat", "remat_policy", "logits_chunk", "unroll", "layers_apart", "product_fn"}
+    loops = {"remat", "remat_policy", "logits_chunk", "unroll", "layers_apart", "product_fn", "last_layer_where_read"}
     how = {"dtype", "attention_fn", "constrain_fn", "experts_fn", *loops}
     return tuple((name, value) for name, value in vars(config).items() if name not in how)
 

@@ -12,15 +12,15 @@ Shapes: L layers, E experts, r rank; `in` and `out` stand for one or two dimensi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlhf_jax.models.architecture import TransformerConfig, param_specs
 from rlhf_jax.models.parameters import ParamSpec, Specs, init_params
-from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import CausalModel, Params
 
 MATRICES = {
@@ -169,12 +169,22 @@ def lora_model(model: CausalModel, *, scale: float | jax.Array) -> CausalModel:
       scale: of A·B.
     """
 
-    def hidden(params, tokens, positions, segment_ids, cache=None):
-        base = jax.lax.stop_gradient(params["base"])
-        return model.hidden(attach(base, params["adapter"], scale=scale), tokens, positions, segment_ids, cache)
+    def attached(params: Params) -> Params:
+        return attach(jax.lax.stop_gradient(params["base"]), params["adapter"], scale=scale)
+
+    return _of_other_params(model, attached, lambda params: jax.lax.stop_gradient(params["base"]))
+
+
+def _of_other_params(model: CausalModel, to_hidden: Callable, to_unembed: Callable) -> CausalModel:
+    """The model with params of another form, from which these make those that its functions read."""
+
+    def of(fn: Callable, convert: Callable) -> Callable:
+        return lambda params, *args: fn(convert(params), *args)
 
     return model._replace(
-        hidden=hidden, unembed=lambda params, states: model.unembed(jax.lax.stop_gradient(params["base"]), states)
+        hidden=of(model.hidden, to_hidden),
+        unembed=of(model.unembed, to_unembed),
+        hidden_at=None if model.hidden_at is None else of(model.hidden_at, to_hidden),
     )
 
 
@@ -195,14 +205,11 @@ def adapter_model(model: CausalModel, base: Params, *, scale: float | jax.Array)
       base: its parameters.
       scale: of A·B.
     """
-    both = lora_model(model, scale=scale)
 
-    def hidden(adapter, tokens, positions, segment_ids, cache=None):
-        return both.hidden({"base": base, "adapter": adapter}, tokens, positions, segment_ids, cache)
+    def both(adapter: Params) -> Params:
+        return {"base": base, "adapter": adapter}
 
-    return model._replace(
-        hidden=hidden, unembed=lambda adapter, states: both.unembed({"base": base, "adapter": adapter}, states)
-    )
+    return _of_other_params(lora_model(model, scale=scale), both, both)
 
 
 def merge(params: Params, adapter: Params, *, scale: float | jax.Array) -> Params:

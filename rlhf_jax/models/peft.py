@@ -26,13 +26,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlhf_jax.models import layouts
+from rlhf_jax.models.architecture import TransformerConfig, param_specs
 from rlhf_jax.models.families import FAMILIES, Entry
 from rlhf_jax.models.huggingface import transformer_config
 from rlhf_jax.models.layouts import Shape
 from rlhf_jax.models.lora import MATRICES, lora_specs, matrices, split_dims
 from rlhf_jax.models.parameters import is_spec
 from rlhf_jax.models.tensor_files import Stored, read_header, read_object
-from rlhf_jax.models.transformer import TransformerConfig, param_specs
 from rlhf_jax.types import Params
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -18,8 +18,8 @@ from scoring import score_rows
 
 from rlhf_jax.data.tokenizers import byte_tokenizer, load_tokenizer, save_tokenizer, train_bpe
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.architecture import TransformerConfig
 from rlhf_jax.models.heads import init_reward_head
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.types import SequenceBatch
 

@@ -13,7 +13,7 @@ from rlhf_jax.generation.continuous import generate_continuously
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.generation.sampling import sample_token
 from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import LayerKind
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.objectives import policy_hidden, sequence_token_logprobs
 
 NEW, SIZES = 7, (3, 5, 1, 4, 2, 5, 3)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.attention import (
     best_for,
     blocked_attention,
@@ -25,7 +26,6 @@ from rlhf_jax.models.attention import (
     tpu_attention,
     xla_attention,
 )
-from rlhf_jax.models.transformer import LayerKind
 from rlhf_jax.runtime.flops import matmul_flops
 
 SEGMENTS = np.array([[0, 1, 1, 1, 2], [1, 1, 2, 2, 2]])

@@ -16,9 +16,9 @@ import tiny
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.attention import plain_attention
 from rlhf_jax.models.heads import init_reward_head
-from rlhf_jax.models.transformer import LayerKind
 from rlhf_jax.objectives import PolicyBatch, actor_critic, reward_model, separate_critic, sequence_token_logprobs, sft
 from rlhf_jax.training.train_step import init_train_state, make_train_step
 from rlhf_jax.types import Experience, RankingBatch, SequenceBatch

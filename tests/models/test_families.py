@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.generation.generate import generate
-from rlhf_jax.models import huggingface, transformer
+from rlhf_jax.models import architecture, huggingface, transformer
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.heads import sequence_scores
 from rlhf_jax.objectives import sft
@@ -311,7 +311,7 @@ def test_ropes_that_depend_on_the_length_of_the_text(name, tmp_path):
     loaded = huggingface.load(tmp_path / "theirs")
     tokens = np.random.default_rng(5).integers(3, VOCAB, (1, LENGTH))
     expected = torch_logits(model, tokens)
-    longer = loaded._replace(config=transformer.for_length(loaded.config, LENGTH))
+    longer = loaded._replace(config=architecture.for_length(loaded.config, LENGTH))
     assert relative_error(logits_of(longer, tokens, np.ones_like(tokens)), expected) <= TOLERANCE
     assert relative_error(logits_of(loaded, tokens, np.ones_like(tokens)), expected) > 1e-3
 

@@ -11,9 +11,9 @@ import tiny
 
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.attention import plain_attention, sights, xla_attention
 from rlhf_jax.models.ring_attention import ring_attention_on
-from rlhf_jax.models.transformer import LayerKind
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.sharding import make_mesh
 

@@ -11,9 +11,9 @@ import tiny
 
 from rlhf_jax.functional.masking import positions_from_segments
 from rlhf_jax.models import transformer
+from rlhf_jax.models.architecture import LayerKind
 from rlhf_jax.models.parameters import is_spec, num_params
 from rlhf_jax.models.rope import Rope
-from rlhf_jax.models.transformer import LayerKind
 
 
 def numpy_forward(params, config, tokens):

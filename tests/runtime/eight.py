@@ -26,11 +26,12 @@ import optax
 from rlhf_jax import functional, objectives
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.models import huggingface, lora, transformer
+from rlhf_jax.models.architecture import TransformerConfig, param_specs
 from rlhf_jax.models.experts import experts_on
 from rlhf_jax.models.heads import head_specs, init_reward_head
 from rlhf_jax.models.parameters import ParamSpec, init_params, is_spec
 from rlhf_jax.models.ring_attention import ring_attention_on
-from rlhf_jax.models.transformer import TransformerConfig, causal_model, param_specs
+from rlhf_jax.models.transformer import causal_model
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.sharding import (

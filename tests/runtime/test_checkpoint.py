@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax.models.transformer import param_specs
+from rlhf_jax.models.architecture import param_specs
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.sharding import batch_sharding, make_mesh, named_shardings
 from rlhf_jax.training.ppo import init_ppo_state

@@ -12,9 +12,9 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.functional.masking import positions_from_segments
+from rlhf_jax.models.architecture import param_specs
 from rlhf_jax.models.heads import head_specs, init_reward_head, init_value_head
 from rlhf_jax.models.parameters import ParamSpec, is_spec
-from rlhf_jax.models.transformer import param_specs
 from rlhf_jax.objectives import sft
 from rlhf_jax.runtime.sharding import (
     DEFAULT_RULES,
