@@ -74,6 +74,11 @@ def pairs(network: rl.TransformerConfig, sizes: Sizes, seed: int) -> tuple[jax.A
     return jnp.asarray(tokens), jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(sizes.length) >= half, shape)
 
 
+def halves(sizes: Sizes) -> rl.SharedPrompts:
+    """Of a row of `pairs`: both responses run their prompt once."""
+    return rl.SharedPrompts(prompt=sizes.length // 2, completion=sizes.length // 2)
+
+
 def reward_model(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
     """Bradley-Terry on a scalar head."""
     ranks, mask = (jnp.broadcast_to(jnp.asarray(row), (sizes.rows, 2)) for row in ([0, 1], [True, True]))
@@ -81,19 +86,20 @@ def reward_model(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) 
     def data(i: int) -> rl.RankingBatch:
         return rl.RankingBatch(*pairs(network, sizes, i), ranks=ranks, mask=mask)
 
-    return training(rl.reward_model(rl.causal_model(network)), weights.scorer(), data, sizes.rows, "pairs")
+    objective = rl.reward_model(rl.causal_model(network), shared=halves(sizes))
+    return training(objective, weights.scorer(), data, sizes.rows, "pairs")
 
 
 def dpo(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
     """The sigmoid loss; the reference's log-probs are computed in every step, by a frozen copy."""
     model, mask = rl.causal_model(network), jnp.ones((sizes.rows,), bool)
-    objective = rl.preference(model, rl.dpo_loss, beta=0.1)
+    objective = rl.preference(model, rl.dpo_loss, beta=0.1, shared=halves(sizes))
 
     def data(i: int) -> rl.PreferenceBatch:
         return rl.PreferenceBatch(*pairs(network, sizes, i), mask=mask)
 
     def referred(ref_params: Params, batch: rl.PreferenceBatch) -> rl.PreferenceBatch:
-        return batch.replace(ref_logprobs=rl.pair_token_logprobs(model, ref_params, batch))
+        return batch.replace(ref_logprobs=rl.pair_token_logprobs(model, ref_params, batch, halves(sizes)))
 
     return training(objective, weights.policy(), data, sizes.rows, "pairs", referred, weights.policy())
 
@@ -187,9 +193,10 @@ def ppo_iteration(
 def ppo_parts(network: rl.TransformerConfig, sizes: Sizes) -> tuple[Callable, Callable, Callable, Callable, Any]:
     """What an iteration is composed of, and the optimiser."""
     model, optimizer = rl.causal_model(network), rl.adam_optimizer(LEARNING_RATE)
-    critic = rl.separate_critic(model)
-    score, experience = rl.make_score_fn(model, missing_eos_penalty=0.0), rl.make_experience_fn(model, critic)
-    train_step = rl.make_train_step(rl.actor_critic(model, critic), optimizer)
+    read = {"completion_columns": sizes.new}
+    critic, score = rl.separate_critic(model, **read), rl.make_score_fn(model, missing_eos_penalty=0.0)
+    experience = rl.make_experience_fn(model, critic, **read)
+    train_step = rl.make_train_step(rl.actor_critic(model, critic, **read), optimizer)
     rounds = {"num_epochs": sizes.epochs, "num_minibatches": sizes.minibatches}
     update = rl.make_ppo_update(train_step, kl_target=None, **rounds)
     return sampler(network, sizes), score, experience, update, optimizer
@@ -230,9 +237,11 @@ def grpo(network: rl.TransformerConfig, sizes: Sizes, weights: Weights) -> Task:
     model, optimizer = rl.causal_model(network), rl.adam_optimizer(LEARNING_RATE)
     advantages = rl.per_completion(rl.group_relative, group_size=sizes.group_size)
     sample = sampler(network, sizes, sizes.group_size)
-    experience = rl.make_policy_experience_fn(model, advantages, kl_in_reward=False, group_size=sizes.group_size)
+    read = {"completion_columns": sizes.new}
+    grouped = {"kl_in_reward": False, "group_size": sizes.group_size}
+    experience = rl.make_policy_experience_fn(model, advantages, **grouped, **read)
     loss = partial(rl.clipped_policy_loss, clip_low=0.2, clip_high=0.2)
-    options = {"aggregate": rl.sequence_mean, "kl_coef": 0.04, "kl_fn": rl.k3}
+    options = {"aggregate": rl.sequence_mean, "kl_coef": 0.04, "kl_fn": rl.k3, **read}
     objective = rl.policy_gradient(model, lambda *args, mask: loss(*args), **options)
     update = rl.make_ppo_update(rl.make_train_step(objective, optimizer), num_epochs=1, kl_target=None)
     policy = weights.policy()

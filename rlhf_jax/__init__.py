@@ -103,6 +103,7 @@ from rlhf_jax.models.uncached import uncached_model
 from rlhf_jax.objectives import (
     AttributeBatch,
     PolicyBatch,
+    SharedPrompts,
     StepBatch,
     actor_critic,
     attribute_regression,
@@ -117,6 +118,9 @@ from rlhf_jax.objectives import (
     sequence_token_logprobs,
     sft,
     shared_critic,
+    shared_scores,
+    shared_sizes,
+    shared_token_logprobs,
 )
 from rlhf_jax.runtime.collectives import count_collectives
 from rlhf_jax.runtime.flops import matmul_flops
@@ -205,6 +209,7 @@ __all__ = [
     "RewardFn",
     "Scored",
     "SequenceBatch",
+    "SharedPrompts",
     "StepBatch",
     "TokenLaws",
     "TrainState",
@@ -341,6 +346,9 @@ __all__ = [
     "shape_rewards",
     "shard_batch",
     "shared_critic",
+    "shared_scores",
+    "shared_sizes",
+    "shared_token_logprobs",
     "shift_right",
     "signed_cost_loss",
     "simpo_loss",

@@ -35,19 +35,19 @@ def test_every_task_is_done(task):
         assert done["grad/finite"] == 1
 
 
-def forward_flops(rows, length, output):
-    """Of what each token meets: its weights, and all keys of its row."""
-    weights = 4 * 16 * 16 + 3 * 16 * 24 + output
-    return 2 * rows * length * (weights + 2 * 16 * length)
+def forward_flops(rows, length, output, read):
+    """Of what each token meets: the weights of keys and values; if its state is read all others, and all keys of its row."""
+    others = 2 * 16 * 16 + 3 * 16 * 24 + output
+    return 2 * rows * (length * 2 * 16 * 16 + read * (others + 2 * 16 * length))
 
 
 def test_what_a_step_multiplies():
     """The backward pass is twice the forward; of an iteration every epoch updates policy and critic."""
     counted = tasks.supervised(NETWORK, SIZES, WEIGHTS).count()["step"].flops
-    assert counted == 3 * forward_flops(2, 8, 32 * 16)
+    assert counted == 3 * forward_flops(2, 8, 32 * 16, read=8)
     longer = dataclasses.replace(SIZES, epochs=SIZES.epochs + 1)
     usual, more = (tasks.ppo(NETWORK, sizes, WEIGHTS).count()["learn"].flops for sizes in (SIZES, longer))
-    assert more - usual == 3 * (forward_flops(4, 7, 32 * 16) + forward_flops(4, 7, 16))
+    assert more - usual == 3 * (forward_flops(4, 7, 32 * 16, read=3 + 1) + forward_flops(4, 7, 16, read=3 + 1))
 
 
 def test_generation_reads_its_weights_for_every_token():

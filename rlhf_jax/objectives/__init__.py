@@ -4,7 +4,7 @@ Every objective is `objective(params, batch) -> (total, weight, metrics)`: the l
 all micro-batches and devices have added theirs, so neither can change a gradient. Metrics travel in the same form.
 """
 
-from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs
+from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs, whole_rows
 from rlhf_jax.objectives.policy import (
     CriticFn,
     PolicyBatch,
@@ -23,6 +23,7 @@ from rlhf_jax.objectives.rewards import (
     process_reward,
     reward_model,
 )
+from rlhf_jax.objectives.shared_prompts import SharedPrompts, shared_scores, shared_sizes, shared_token_logprobs
 from rlhf_jax.objectives.supervised import sft
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PairInputsFn",
     "PolicyBatch",
     "RankingLossFn",
+    "SharedPrompts",
     "StepBatch",
     "actor_critic",
     "attribute_regression",
@@ -47,4 +49,8 @@ __all__ = [
     "sequence_token_logprobs",
     "sft",
     "shared_critic",
+    "shared_scores",
+    "shared_sizes",
+    "shared_token_logprobs",
+    "whole_rows",
 ]

@@ -12,19 +12,25 @@ from rlhf_jax.functional.kl import k1, k2
 from rlhf_jax.functional.masking import masked_sum, shift_right
 from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
 from rlhf_jax.models.heads import scalar_head
-from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs
+from rlhf_jax.objectives.forward import completions, policy_hidden, policy_laws, sequence_token_logprobs
 from rlhf_jax.types import CausalModel, Experience, Objective, Params, SequenceBatch
 
 CriticFn: TypeAlias = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`critic(critic_params, policy_hidden [B, T, D], tokens, segment_ids) -> values [B, T]`, token-aligned."""
+"""`critic(critic_params, policy_hidden [B, T, D], tokens, segment_ids) -> values [B, T]`, token-aligned. Where its caller has
+`completion_columns` N, hidden states and values may be those of the last N + 1 columns."""
 
 
-def separate_critic(model: CausalModel) -> CriticFn:
-    """A critic with its own trunk: `critic_params = {"trunk": ..., "head": ...}` (Stiennon et al. 2020)."""
+def separate_critic(model: CausalModel, *, completion_columns: int | None = None) -> CriticFn:
+    """A critic with its own trunk: `critic_params = {"trunk": ..., "head": ...}` (Stiennon et al. 2020).
+
+    `completion_columns` as its caller's, `actor_critic` and `make_experience_fn`.
+    """
 
     def critic(params: Params, hidden: jax.Array, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
         del hidden
-        return shift_right(scalar_head(params["head"], policy_hidden(model, params["trunk"], tokens, segment_ids)))
+        options = {"completion_columns": completion_columns}
+        hidden = policy_hidden(model, params["trunk"], tokens, segment_ids, **options)
+        return shift_right(scalar_head(params["head"], hidden))
 
     return critic
 
@@ -54,21 +60,30 @@ def actor_critic(
     dual_clip: float | None = None,
     value_clip: float = 0.2,
     vf_coef: float = 0.1,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | jax.Array = 0.0,
+    completion_columns: int | None = None,
 ) -> Objective:
     """PPO's loss per completion token (Schulman et al. 2017; defaults of Ziegler et al. 2019, lm-human-preferences).
 
     `policy + vf_coef * value - entropy_coef * entropy`, plus the weighted negative log-likelihood of the
     demonstrations when the batch brings some (PPO-ptx, Ouyang et al. 2022, eq. 2). `params` is
     `{"policy": ..., "critic": ...}`; `temperature` is the sampler's.
+
+    `completion_columns`, the sampler's `max_new_tokens`: completions lie in so many last columns, and only there, and in the
+    column before, are states wanted and logits made. None asks nothing of the rows and computes all.
     """
 
+    pick = completions(completion_columns)
+    no_bonus = isinstance(entropy_coef, int | float) and entropy_coef == 0  # then no gradient of entropies is computed
+
     def objective(params: Params, batch: PolicyBatch):
-        data, mask = batch.experience, batch.experience.mask
-        hidden = policy_hidden(model, params["policy"], data.tokens, data.segment_ids)
+        rows = (batch.experience.tokens, batch.experience.segment_ids)
+        hidden = policy_hidden(model, params["policy"], *rows, completion_columns=completion_columns)
+        values = pick(critic(params["critic"], hidden, *rows))
+        data = jax.tree.map(pick, batch.experience)
+        mask = data.mask
         laws = policy_laws(model, params["policy"], hidden, data.tokens, mask, temperature=temperature)
         logprobs, entropies = laws.logprobs, laws.entropies
-        values = critic(params["critic"], hidden, data.tokens, data.segment_ids)
         policy_losses = clipped_policy_loss(
             logprobs,
             data.old_logprobs,
@@ -79,7 +94,10 @@ def actor_critic(
         )
         value_losses = clipped_value_loss(values, data.old_values, data.returns, clip=value_clip)
         weight = mask.sum().astype(jnp.float32)
-        total = masked_sum(policy_losses + vf_coef * value_losses - entropy_coef * entropies, mask)
+        losses = policy_losses + vf_coef * value_losses
+        if not no_bonus:
+            losses = losses - entropy_coef * entropies
+        total = masked_sum(losses, mask)
         ratio = jnp.exp(jnp.where(mask, logprobs - data.old_logprobs, 0.0))
         clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
         value_clipped = jnp.abs(values - data.old_values) > value_clip
@@ -109,6 +127,7 @@ def policy_gradient(
     kl_coef: float = 0.0,
     kl_fn: Callable[[jax.Array, jax.Array], jax.Array] = k2,
     entropy_coef: float = 0.0,
+    completion_columns: int | None = None,
 ) -> Objective:
     """A policy without a critic: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++, ReMax, as the functions passed.
 
@@ -125,6 +144,7 @@ def policy_gradient(
       kl_fn: `k2`, whose gradient is that of KL(policy, reference); `k3_straight_through` logs k3 and has the gradient of
         k2; `k3` is what GRPO was published with (Shao et al. 2024, eq. 4), and pulls at the reverse KL.
       entropy_coef: weight of an entropy bonus.
+      completion_columns: as in `actor_critic`.
 
     Raises:
       ValueError: `kl_fn` is k1, whose expected gradient is 0; or, while tracing, a batch lacks `ref_logprobs` though
@@ -133,9 +153,13 @@ def policy_gradient(
     if kl_coef and kl_fn is k1:
         raise ValueError("k1 in a loss restrains nothing (its expected gradient is 0); fix: kl_fn=k2")
 
+    pick = completions(completion_columns)
+
     def objective(params: Params, batch: PolicyBatch):
-        data, mask = batch.experience, batch.experience.mask
-        hidden = policy_hidden(model, params["policy"], data.tokens, data.segment_ids)
+        rows = (batch.experience.tokens, batch.experience.segment_ids)
+        hidden = policy_hidden(model, params["policy"], *rows, completion_columns=completion_columns)
+        data = jax.tree.map(pick, batch.experience)
+        mask = data.mask
         laws = policy_laws(model, params["policy"], hidden, data.tokens, mask, temperature=temperature)
         logprobs, entropies = laws.logprobs, laws.entropies
 

@@ -11,6 +11,7 @@ from rlhf_jax.functional.masking import masked_sum
 from rlhf_jax.functional.preference_inputs import against_reference, sums_and_nll
 from rlhf_jax.functional.preference_losses import kto_baseline
 from rlhf_jax.objectives.forward import sequence_token_logprobs
+from rlhf_jax.objectives.shared_prompts import SharedPrompts, shared_token_logprobs
 from rlhf_jax.types import CausalModel, LabelledBatch, Objective, Params, PreferenceBatch
 
 PairInputsFn: TypeAlias = Callable[[jax.Array, jax.Array | None, jax.Array], tuple[jax.Array, ...]]
@@ -24,6 +25,7 @@ def preference(
     beta: float,
     inputs_fn: PairInputsFn = against_reference,
     nll_coef: float = 0.0,
+    shared: SharedPrompts | None = None,
 ) -> Objective:
     """Direct methods on pairs: DPO, cDPO, robust DPO, IPO, SimPO, ORPO, CPO, as the functions passed.
 
@@ -37,10 +39,11 @@ def preference(
       beta: passed on; the methods' own defaults differ and mean different things.
       inputs_fn: what `loss_fn` is told, from `functional.preference_inputs`. Sums or means is part of the method.
       nll_coef: weight of the chosen completion's loss per token, beside what `loss_fn` has (Pang et al. 2024 use 1).
+      shared: run the prompt of a pair once; None runs it twice.
     """
 
     def objective(params: Params, batch: PreferenceBatch):
-        logprobs = pair_token_logprobs(model, params, batch)
+        logprobs = pair_token_logprobs(model, params, batch, shared)
         completions, mask = batch.completion_mask, batch.mask
         inputs = inputs_fn(logprobs, batch.ref_logprobs, completions)
         losses = loss_fn(*inputs, beta=beta)
@@ -63,7 +66,9 @@ def preference(
     return objective
 
 
-def labelled_preference(model: CausalModel, loss_fn: Callable[..., jax.Array], *, beta: float = 0.1) -> Objective:
+def labelled_preference(
+    model: CausalModel, loss_fn: Callable[..., jax.Array], *, beta: float = 0.1, shared: SharedPrompts | None = None
+) -> Objective:
     """KTO: completions labelled good or bad, `loss_fn(logprobs, ref_logprobs, desirable, kl=z, beta=beta)`.
 
     Its reference point z is a mean over the batch at hand (`kto_baseline`), so this objective alone depends on how a
@@ -89,8 +94,15 @@ def labelled_preference(model: CausalModel, loss_fn: Callable[..., jax.Array], *
     return objective
 
 
-def pair_token_logprobs(model: CausalModel, params: Params, batch: PreferenceBatch | LabelledBatch) -> jax.Array:
-    """Token log-probs `[B, 2, T]` of both rows of every pair; under the reference's `params` they are `ref_logprobs`."""
+def pair_token_logprobs(
+    model: CausalModel, params: Params, batch: PreferenceBatch | LabelledBatch, shared: SharedPrompts | None = None
+) -> jax.Array:
+    """Token log-probs `[B, 2, T]` of both rows of every pair; under the reference's `params` they are `ref_logprobs`.
+
+    With `shared` a pair's prompt is run once; see `shared_prompts`.
+    """
+    if shared is not None:
+        return shared_token_logprobs(model, params, batch, shared)
     flat = (-1, batch.tokens.shape[-1])
     rows = (x.reshape(flat) for x in (batch.tokens, batch.segment_ids, batch.completion_mask))
     return sequence_token_logprobs(model, params, *rows).reshape(batch.tokens.shape)

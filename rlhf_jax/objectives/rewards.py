@@ -17,6 +17,7 @@ from rlhf_jax.functional.reward_losses import (
 )
 from rlhf_jax.models.heads import scalar_head, sequence_attributes, sequence_scores
 from rlhf_jax.objectives.forward import policy_hidden
+from rlhf_jax.objectives.shared_prompts import SharedPrompts, shared_scores
 from rlhf_jax.types import CausalModel, Objective, Params, RankingBatch
 
 RankingLossFn: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -30,13 +31,14 @@ def reward_model(
     label_smoothing: float = 0.0,
     centering_coef: float = 0.0,
     mean_over_completion: bool = False,
+    shared: SharedPrompts | None = None,
 ) -> Objective:
     """A loss over the scores of a prompt's K responses, each response scored once (InstructGPT, §3.5).
 
     By default Bradley-Terry over all ordered pairs with these coefficients; `ranking_loss` takes the place of it and of
     them. Prompts may have any number of responses up to K, and ties. A prompt without an ordered pair prefers nothing and
     is left out, whatever the loss: the weight is the number of the others. `rm/accuracy` is over pairs. Scores are read at
-    the last token, or averaged over the completion's.
+    the last token, or averaged over the completion's. With `shared` the K responses run their prompt once.
     """
     if ranking_loss is None:
         ranking_loss = partial(pairwise_ranking_loss, label_smoothing=label_smoothing, centering_coef=centering_coef)
@@ -46,14 +48,19 @@ def reward_model(
             "fix: give one or the other (functools.partial binds a loss to its coefficients)"
         )
 
-    def objective(params: Params, batch: RankingBatch):
+    def scores_of(params: Params, batch: RankingBatch) -> jax.Array:
+        if shared is not None:
+            return shared_scores(model, params, batch, shared, mean_over_completion=mean_over_completion)
         num_prompts, num_responses, length = batch.tokens.shape
         flat = (num_prompts * num_responses, length)
         tokens, segment_ids, completions = (
             x.reshape(flat) for x in (batch.tokens, batch.segment_ids, batch.completion_mask)
         )
         mean_over = completions if mean_over_completion else None
-        scores = sequence_scores(model, params, tokens, segment_ids, mean_over).reshape(num_prompts, num_responses)
+        return sequence_scores(model, params, tokens, segment_ids, mean_over).reshape(num_prompts, num_responses)
+
+    def objective(params: Params, batch: RankingBatch):
+        scores = scores_of(params, batch)
         better = ordered_pairs(batch.ranks, batch.mask)
         gaps = scores[:, :, None] - scores[:, None, :]
         num_pairs = better.sum().astype(jnp.float32)

@@ -93,9 +93,9 @@ def shared_token_logprobs(model: CausalModel, params: Params, batch: Comparisons
     # The column before the completion says nothing of itself: any token may stand there.
     tokens = jnp.pad(parts.completions, ((0, 0), (1, 0)))
     counted = jnp.pad(_from_rows(batch.completion_mask, parts, sizes.completion), ((0, 0), (1, 0)))
-    logprobs = policy_laws(model, params, states, tokens, counted).logprobs[:, 1:]
+    logprobs = last_columns(sizes.completion)(policy_laws(model, params, states, tokens, counted).logprobs)
     logprobs = logprobs.reshape(*parts.fits.shape, sizes.completion)
-    column = jnp.arange(batch.tokens.shape[2]) - parts.first[:, :, None]
+    column = _range(0, batch.tokens.shape[2]) - parts.first[:, :, None]
     found = jnp.take_along_axis(logprobs, jnp.clip(column, 0, sizes.completion - 1), axis=2)
     return _only_what_fits(jnp.where(batch.completion_mask, found, 0.0), parts.fits[:, :, None])
 
@@ -104,25 +104,29 @@ def _split(batch: Comparisons, sizes: SharedPrompts) -> _Parts:
     """Prompts, of the first row that holds a response, and completions."""
     real, held = batch.segment_ids > 0, jnp.any(batch.completion_mask, axis=2)
     first, begin = jnp.argmax(batch.completion_mask, axis=2), jnp.argmax(real, axis=2)
-    sizes_of_prompts, end = first - begin, last_true_index(real) + 1
-    prompt_columns = first[:, :, None] + jnp.arange(-sizes.prompt, 0)
+    sizes_of_prompts, end = first - begin, real.shape[2] - jnp.argmax(real[:, :, ::-1], axis=2)
+    prompt_columns = first[:, :, None] + _range(-sizes.prompt, 0)
     prompts = _gather(batch.tokens, prompt_columns, prompt_columns >= begin[:, :, None])
     chosen = jnp.argmax(held, axis=1)[:, None]
     sizes_of_chosen = jnp.take_along_axis(sizes_of_prompts, chosen, axis=1)
     prompt = jnp.take_along_axis(prompts, chosen[:, :, None], axis=1)
     same = jnp.all(prompts == prompt, axis=2) & (sizes_of_prompts == sizes_of_chosen)
     fits = same & (sizes_of_prompts <= sizes.prompt) & (end - first <= sizes.completion)
-    columns = first[:, :, None] + jnp.arange(sizes.completion)
+    columns = first[:, :, None] + _range(0, sizes.completion)
     inside = (columns < end[:, :, None]) & held[:, :, None]
     flat = (-1, sizes.completion)
     return _Parts(
         prompts=prompt[:, 0],
-        prompt_segments=(jnp.arange(-sizes.prompt, 0) >= -sizes_of_chosen).astype(jnp.int32),
+        prompt_segments=(_range(-sizes.prompt, 0)[0] >= -sizes_of_chosen).astype(jnp.int32),
         completions=_gather(batch.tokens, columns, inside).reshape(flat),
         segments=inside.astype(jnp.int32).reshape(flat),
         first=first,
         fits=fits | ~held,
     )
+
+
+def _range(start: int, stop: int) -> jax.Array:
+    return jnp.arange(start, stop)[None, None]
 
 
 def _gather(rows: jax.Array, columns: jax.Array, inside: jax.Array) -> jax.Array:
@@ -133,7 +137,7 @@ def _gather(rows: jax.Array, columns: jax.Array, inside: jax.Array) -> jax.Array
 
 def _from_rows(rows: jax.Array, parts: _Parts, number: int) -> jax.Array:
     """Columns of `[B, K, T]` from the completion's first on, `[B * K, number]`."""
-    columns = parts.first[:, :, None] + jnp.arange(number)
+    columns = parts.first[:, :, None] + _range(0, number)
     return _gather(rows, columns, columns < rows.shape[2]).reshape(-1, number)
 
 
@@ -149,9 +153,7 @@ def _prefill(model: CausalModel, params: Params, parts: _Parts) -> tuple[jax.Arr
     return state, model.fork_cache(cache, num_responses, room)
 
 
-def _complete(
-    model: CausalModel, params: Params, parts: _Parts, cache: Cache, pick: PickFn | None = None
-) -> jax.Array:
+def _complete(model: CausalModel, params: Params, parts: _Parts, cache: Cache, pick: PickFn | None = None) -> jax.Array:
     """Hidden states `[B * K, R, D]` of the completions, or of picked columns."""
     begin = jnp.repeat(parts.prompt_segments.sum(axis=1), parts.fits.shape[1])[:, None]
     rows = (parts.completions, begin + jnp.arange(parts.completions.shape[1])[None], parts.segments)

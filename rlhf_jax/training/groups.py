@@ -61,6 +61,7 @@ def make_policy_experience_fn(
     group_size: int = 1,
     drop_zero_spread: bool = False,
     temperature: float = 1.0,
+    completion_columns: int | None = None,
 ) -> ExperienceFn:
     """Build `experience(params, ref_params, generation, scores [B], kl_coef) -> (Experience, metrics)`.
 
@@ -76,6 +77,7 @@ def make_policy_experience_fn(
       drop_zero_spread: take the groups whose scores are all equal out of the mask (DAPO's dynamic sampling without the
         resampling: `sample_until_full`). Metrics stay those of all rows.
       temperature: the sampler's.
+      completion_columns: as in `policy_gradient`; elsewhere the reference's log-probs, which nothing reads there, are 0.
     """
 
     def experience(
@@ -89,9 +91,9 @@ def make_policy_experience_fn(
         del params
         mask = generation.completion_mask
         if ref_logprobs is None:
-            ref_logprobs = sequence_token_logprobs(
-                model, ref_params, generation.tokens, generation.segment_ids, mask, temperature=temperature
-            )
+            rows = (generation.tokens, generation.segment_ids, mask)
+            options = {"temperature": temperature, "completion_columns": completion_columns}
+            ref_logprobs = sequence_token_logprobs(model, ref_params, *rows, **options)
         kl_coef = kl_coef if kl_in_reward else jnp.zeros(())
         rewards = shape_rewards(scores, generation.logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         metrics = rollout_metrics(generation, scores, ref_logprobs, kl_coef)

@@ -11,7 +11,7 @@ from rlhf_jax.functional.kl import k1
 from rlhf_jax.functional.masking import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf_jax.functional.rewards import normalize_scores, shape_rewards, subtract_missing_eos
 from rlhf_jax.models.heads import sequence_scores
-from rlhf_jax.objectives import CriticFn, policy_hidden, sequence_token_logprobs
+from rlhf_jax.objectives import CriticFn, policy_hidden, sequence_token_logprobs, whole_rows
 from rlhf_jax.types import CausalModel, Experience, Frozen, Generation, Metrics, Params
 
 
@@ -59,23 +59,28 @@ def make_experience_fn(
     temperature: float = 1.0,
     discount: float = 1.0,
     gae_lambda: float = 0.95,
+    completion_columns: int | None = None,
 ) -> Callable[[Params, Params, Generation, jax.Array, jax.Array], tuple[Experience, Metrics]]:
     """Build `experience(params, ref_params, generation, scores [B], kl_coef) -> (Experience, metrics)`.
 
     The leash is k1 inside the reward: `r_t = -kl_coef (log pi - log ref)_t`, plus the score on the last token; advantages
     by GAE, whitened over the rollout (Ziegler et al. 2019). The sampler's log-probs serve as behaviour log-probs: sampling
     and training run the same forward. Scores may come from `make_score_fn` or from anywhere else, a Python
-    function included, whose values `check_scores` checks.
+    function included, whose values `check_scores` checks. `completion_columns` as in `actor_critic`: elsewhere values and
+    reference log-probs, which nothing reads there, are 0.
     """
+    options = {"completion_columns": completion_columns}
 
     def experience(
         params: Params, ref_params: Params, generation: Generation, scores: jax.Array, kl_coef: jax.Array
     ) -> tuple[Experience, Metrics]:
         tokens, segment_ids, mask = generation.tokens, generation.segment_ids, generation.completion_mask
-        ref_logprobs = sequence_token_logprobs(model, ref_params, tokens, segment_ids, mask, temperature=temperature)
+        ref_logprobs = sequence_token_logprobs(
+            model, ref_params, tokens, segment_ids, mask, temperature=temperature, **options
+        )
         # A shared critic reads these states; a separate one ignores them, and the compiler drops the computation.
-        hidden = policy_hidden(model, params["policy"], tokens, segment_ids)
-        values = critic(params["critic"], hidden, tokens, segment_ids)
+        hidden = policy_hidden(model, params["policy"], tokens, segment_ids, **options)
+        values = whole_rows(critic(params["critic"], hidden, tokens, segment_ids), tokens.shape[1])
         rewards = shape_rewards(scores, generation.logprobs, ref_logprobs, mask, kl_coef=kl_coef)
         advantages, returns = gae(rewards, values, mask, discount=discount, gae_lambda=gae_lambda)
         metrics = {
