@@ -60,8 +60,8 @@ class Config:
     """Of training and PPO."""
     unroll: int = 16
     """Layers in a row without a loop, there."""
-    dots: bool = False
     runs: int = 32
+    runs_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 def network_of(config: Config, **changes: Any) -> rl.TransformerConfig:
@@ -114,10 +114,6 @@ def decode(config: Config) -> dict[str, Any]:
 def train(config: Config) -> dict[str, Any]:
     """Seconds of a step, several in a row."""
     network = network_of(config, logits_chunk=config.logits_chunk, unroll=config.unroll)
-    if config.dots:
-        network = dataclasses.replace(
-            network, remat=True, remat_policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        )
     batch = (config.train_rows, config.train_length)
     optimizer = rl.adam_optimizer(LEARNING_RATE)
     step = jax.jit(rl.make_train_step(rl.sft(rl.causal_model(network)), optimizer), donate_argnums=0)
@@ -167,7 +163,7 @@ def learning(config: Config) -> dict[str, Any]:
 def runs(config: Config) -> dict[str, Any]:
     """Seconds of an iteration of one run and of many, in turns."""
     network = MODELS["tiny"] if config.shape == "1b" else dataclasses.replace(MODELS["tiny"], num_layers=1, unroll=1)
-    network = dataclasses.replace(network, attention_fn=attention.xla_attention, product_fn=jnp.einsum)
+    network = dataclasses.replace(network, dtype=config.runs_dtype, product_fn=jnp.einsum)
     sizes = Sizes() if config.shape == "1b" else Sizes(prompts=8, prompt=8, new=8)
     iteration, frozen, state = ppo_iteration(network, sizes, random_weights(network))
     batch = rl.PPOBatch(prompts(network, sizes.prompts, sizes.prompt, 0))
@@ -192,6 +188,7 @@ def runs(config: Config) -> dict[str, Any]:
     ratios = [many / one for one, many in pairs]
     return {
         "runs": config.runs,
+        "dtype": config.runs_dtype,
         "one_s": round(one, 4),
         "together_s": round(together, 4),
         "ratio": round(statistics.median(ratios), 2),
