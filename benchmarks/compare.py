@@ -1,12 +1,12 @@
-"""`tasks.py` and a peer in turns on the same work, and the ratio of each pair.
+"""`tasks.py` and peers in turns on the same work, and the ratio of each pair.
 
-    python benchmarks/compare.py --name TRL --peer "trl/bin/python trl_bench.py --task {task} --size {size}" --out pairs.jsonl
+    python benchmarks/compare.py --peers "TRL=trl/bin/python trl_bench.py --task {task} --size {size}" --out pairs.jsonl
     python benchmarks/compare.py --table pairs.jsonl
 
 A peer is any command that does a task of `work.py` and prints, as its last JSON line, at least `value` (units a second),
-`units_per_cpu_s`, `time_to_first_step_s` and `peak_rss_mb`, as `tasks.py` does. Run it on a machine that does nothing else:
-with another process beside them some libraries' threads wait for each other. `--table` makes the Markdown table of all pairs
-in a file, medians with the smallest and largest ratio.
+`units_per_cpu_s`, `time_to_first_step_s` and `peak_rss_mb`, as `tasks.py` does. With several a turn is one run of ours and one
+of each. Run it on a machine that does nothing else: with another process beside them some libraries' threads wait for each
+other. `--table` makes the Markdown table of all pairs in a file, medians with the smallest and largest ratio.
 """
 
 import dataclasses
@@ -27,14 +27,13 @@ from work import STEPS
 class Config:
     """What is compared."""
 
-    name: str = "peer"
-    peer: str = ""
-    """A command with `{task}` and `{size}` in it."""
+    peers: tuple[str, ...] = ()
+    """`NAME=COMMAND`, with `{task}` and `{size}` in the command."""
     tasks: tuple[str, ...] = tuple(STEPS["tiny"])
     sizes: tuple[str, ...] = tuple(STEPS)
     pairs: int = 5
     steps: int = 0
-    """Measured steps of ours; 0 = as many as `work.STEPS` says. How many the peer does is its command's matter."""
+    """Measured steps of ours; 0 = as many as `work.STEPS` says. How many a peer does is its command's matter."""
     ours: str = ""
     """More flags of `tasks.py`."""
     out: Path | None = None
@@ -53,16 +52,25 @@ def run(command: list[str]) -> dict:
     return found
 
 
-def compare(config: Config, task: str, size: str, turn: int) -> dict:
-    """A pair; who is first alternates."""
+def compare(config: Config, task: str, size: str, turn: int) -> list[dict]:
+    """A turn: a pair with each peer. Every other turn goes through the sides backwards."""
     ours = [sys.executable, str(Path(__file__).with_name("tasks.py")), "--task", task, "--size", size]
-    ours += ["--steps", str(config.steps), *shlex.split(config.ours)]
-    sides = {"ours": ours, "peer": shlex.split(config.peer.format(task=task, size=size))}
-    found = {side: run(sides[side]) for side in (sorted(sides) if turn % 2 else sorted(sides, reverse=True))}
-    ratio = found["ours"]["value"] / found["peer"]["value"]
-    of_cpu = found["ours"]["units_per_cpu_s"] / found["peer"]["units_per_cpu_s"]
-    who = {"name": config.name, "task": task, "size": size, "date": time.strftime("%Y-%m-%d")}
-    return {**who, "ratio": round(ratio, 3), "cpu_ratio": round(of_cpu, 3), **found}
+    sides = {"ours": [*ours, "--steps", str(config.steps), *shlex.split(config.ours)]}
+    for peer in config.peers:
+        name, command = peer.split("=", 1)
+        sides[name] = shlex.split(command.format(task=task, size=size))
+    found = {side: run(sides[side]) for side in (list(sides) if turn % 2 else reversed(sides))}
+    return [pair(name, task, size, found["ours"], found[name]) for name in sides if name != "ours"]
+
+
+def pair(name: str, task: str, size: str, ours: dict, peer: dict) -> dict:
+    """Both sides' figures and their ratios."""
+    who = {"name": name, "task": task, "size": size, "date": time.strftime("%Y-%m-%d")}
+    ratios = {
+        "ratio": round(ours["value"] / peer["value"], 3),
+        "cpu_ratio": round(ours["units_per_cpu_s"] / peer["units_per_cpu_s"], 3),
+    }
+    return {**who, **ratios, "ours": ours, "peer": peer}
 
 
 def rows(pairs: list[dict]) -> list[str]:
@@ -100,23 +108,20 @@ def main(config: Config) -> None:
     if config.table is not None:
         print("\n".join([*HEAD, *rows([json.loads(line) for line in config.table.read_text().splitlines()])]))
         return
-    if "{task}" not in config.peer or "{size}" not in config.peer:
+    if not config.peers or not all("{task}" in peer and "{size}" in peer for peer in config.peers):
         raise SystemExit(
-            '--peer is a command with {task} and {size} in it, "python its.py --task {task} --size {size}"'
+            '--peers are commands with {task} and {size} in them, "NAME=python its.py --task {task} --size {size}"'
         )
     pairs = []
     for turn in range(config.pairs):
         for size in config.sizes:
             for task in config.tasks:
-                pair = compare(config, task, size, turn)
-                pairs.append(pair)
-                print(
-                    f"{config.name} {size} {task}: {pair['ratio']:.2f}, per CPU second {pair['cpu_ratio']:.2f}",
-                    flush=True,
-                )
-                if config.out is not None:
-                    with config.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(pair) + "\n")
+                for found in compare(config, task, size, turn):
+                    pairs.append(found)
+                    print("{name} {size} {task}: {ratio}, per CPU second {cpu_ratio}".format(**found), flush=True)
+                    if config.out is not None:
+                        with config.out.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(found) + "\n")
     print("\n".join([*HEAD, *rows(pairs)]))
 
 

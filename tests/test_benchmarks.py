@@ -90,5 +90,24 @@ def test_a_peer_is_any_command():
     assert compare.run([sys.executable, "-S", "-c", speak]) == {"value": 2}
     with pytest.raises(SystemExit, match="ended with 3 and no figures"):
         compare.run([sys.executable, "-S", "-c", "raise SystemExit(3)"])
-    with pytest.raises(SystemExit, match=r"--peer is a command with \{task\} and \{size\}"):
-        compare.main(compare.Config(peer="python peer.py"))
+    with pytest.raises(SystemExit, match=r"--peers are commands with \{task\} and \{size\}"):
+        compare.main(compare.Config(peers=("peer=python peer.py",)))
+
+
+def test_a_turn_is_a_pair_with_each_peer(monkeypatch):
+    """One run of ours, one of each peer; the next turn goes backwards."""
+    asked = []
+
+    def run(command):
+        asked.append(command[0])
+        return {"value": {"a": 2.0, "b": 5.0}.get(command[0], 10.0), "units_per_cpu_s": 1.0}
+
+    monkeypatch.setattr(compare, "run", run)
+    config = compare.Config(peers=("one=a {task} x={size}", "other=b {task} {size}"))
+    for turn in (0, 1):
+        pairs = compare.compare(config, "sft", "tiny", turn)
+        assert [(pair["name"], pair["ratio"], pair["cpu_ratio"]) for pair in pairs] == [
+            ("one", 5.0, 1.0),
+            ("other", 2.0, 1.0),
+        ]
+    assert asked == ["b", "a", sys.executable, sys.executable, "a", "b"]
