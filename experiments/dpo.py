@@ -90,9 +90,8 @@ def train(
     num_rows = len(data.tokens)
     num_steps = num_steps_of(config, num_rows, "pairs")
     optimizer = rl.adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
-    step_fn = rl.make_train_step(
-        build_objective(config, network), optimizer, num_micro_batches=config.num_micro_batches
-    )
+    objective = build_objective(config, network, task.shared_prompts(config, data))
+    step_fn = rl.make_train_step(objective, optimizer, num_micro_batches=config.num_micro_batches)
     step_fn, devices = jax.jit(guarded(step_fn), donate_argnums=0), meshes.mesh_of(mesh)
     state = rl.init_train_state(jax.tree.map(lambda x: x.copy(), policy), optimizer)
     state = meshes.put(state, rl.transformer.param_specs(network), mesh)

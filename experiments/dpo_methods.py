@@ -34,6 +34,8 @@ class DPOConfig:
     batch_size: int = 64
     """Pairs; for KTO, completions."""
     num_micro_batches: int = 1
+    share_prompts: bool = False
+    """Run the prompt of a pair once; every batch has the columns of the longest prompt and completion."""
     learning_rate: float = 1e-4
     num_responses: int = 4
     """K, in the embedded world; all ordered pairs of a question's K responses are used."""
@@ -45,9 +47,9 @@ class DPOConfig:
     """Steps from one checkpoint of the unfinished act to the next."""
 
 
-def build_objective(config: DPOConfig, network: rl.TransformerConfig):
+def build_objective(config: DPOConfig, network: rl.TransformerConfig, shared: rl.SharedPrompts | None = None):
     """The method's objective."""
     model, (loss_fn, options) = rl.causal_model(network), METHODS[config.method]
     if config.method == "kto":
-        return rl.labelled_preference(model, loss_fn, beta=config.beta)
-    return rl.preference(model, loss_fn, beta=config.beta, nll_coef=config.nll_coef, **options)
+        return rl.labelled_preference(model, loss_fn, beta=config.beta, shared=shared)
+    return rl.preference(model, loss_fn, beta=config.beta, nll_coef=config.nll_coef, shared=shared, **options)

@@ -30,6 +30,7 @@ from rlhf_jax.data import synthetic
 from rlhf_jax.data.batching import batch_indices
 from rlhf_jax.data.padding import alike_batch_indices, trim
 from rlhf_jax.data.records import Prompt
+from rlhf_jax.models.attention import under_vmap
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.resume import forget, guarded
 from rlhf_jax.training.optimizers import warmup_cosine
@@ -55,6 +56,8 @@ class RewardModelConfig:
     centering_coef: float = 0.0
     buckets: int = 0
     """Widths to which batches, then of rows about equally long, are cut, one compilation each; 0 = one width, any rows."""
+    share_prompts: bool = False
+    """Run a prompt once for all its responses; every batch has the columns of the longest prompt and response."""
     ensemble: int = 1
     """Members; of two or more the mean weights become the reward model (WARM)."""
     num_micro_batches: int = 1
@@ -69,11 +72,13 @@ class Config(task.TaskConfig):
     reward: RewardModelConfig = RewardModelConfig()
 
 
-def build_objective(config: RewardModelConfig, network: rl.TransformerConfig) -> Objective:
+def build_objective(
+    config: RewardModelConfig, network: rl.TransformerConfig, shared: rl.SharedPrompts | None = None
+) -> Objective:
     """The ranking loss of the configuration."""
     coefficients = {"label_smoothing": config.label_smoothing, "centering_coef": config.centering_coef}
     ranking_loss = RANKING_LOSSES[config.ranking_loss]
-    return rl.reward_model(rl.causal_model(network), ranking_loss=ranking_loss, **coefficients)
+    return rl.reward_model(rl.causal_model(network), ranking_loss=ranking_loss, shared=shared, **coefficients)
 
 
 def check_buckets(config: RewardModelConfig) -> None:
@@ -116,7 +121,8 @@ def train(
     devices, num_prompts = meshes.mesh_of(mesh), len(data.tokens)
     num_steps = num_steps_of(config, num_prompts, "rankings")
     optimizer = rl.adam_optimizer(warmup_cosine(config.learning_rate, num_steps=num_steps))
-    objective, num_micro_batches = build_objective(config, network), config.num_micro_batches
+    shared = task.shared_prompts(config, data)
+    objective, num_micro_batches = build_objective(config, network, shared), config.num_micro_batches
     step_fn = rl.make_train_step(objective, optimizer, num_micro_batches=num_micro_batches)
     train_step = jax.jit(guarded(step_fn), donate_argnums=0)
     head = rl.init_reward_head(jax.random.key(seed), network.model_dim)
@@ -150,6 +156,8 @@ def main(config: Config) -> None:
     if is_played(run, "reward_model", resume=config.resume):
         return
     tokenizer, network, policy = sft.take_up(config)
+    if config.reward.ensemble > 1:
+        network = dataclasses.replace(network, attention_fn=under_vmap(network.attention_fn))
     note_command(run)
     num_responses = config.reward.num_responses
     if config.data is None:
@@ -168,7 +176,7 @@ def main(config: Config) -> None:
     settings, num_members = config.reward, config.reward.ensemble
     options = {"seed": seed, "keep": task.keeper(config), "mesh": config.mesh}
     if num_members > 1:
-        objective = build_objective(settings, network)
+        objective = build_objective(settings, network, task.shared_prompts(settings, data))
         members = reward_ensemble.train(settings, network, objective, policy, data, **options)
         params = rl.average_members(members)
     else:

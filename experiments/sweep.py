@@ -27,6 +27,7 @@ from acts import alone, refuse_mesh, refuse_processes
 from ppo import PPOConfig
 
 import rlhf_jax as rl
+from rlhf_jax.models.attention import under_vmap
 from rlhf_jax.models.heads import init_value_head
 from rlhf_jax.runtime.metrics import MetricLog
 from rlhf_jax.runtime.plots import plot_lines
@@ -187,6 +188,7 @@ def main(config: Config) -> dict[str, dict[str, list[float]]]:
     if (config.run / "sweep.jsonl").exists():
         raise SystemExit(f"{config.run / 'sweep.jsonl'} is there already and is never overwritten; fix: move it away")
     tokenizer, network, policy = sft.take_up(config)
+    network = dataclasses.replace(network, attention_fn=under_vmap(network.attention_fn))
     params, mean, std = kept_reward.load(config.run, network, tokenizer)
     frozen = rl.Frozen(policy, params, jnp.asarray(mean), jnp.asarray(std))
     prompts = task.prompt_rows(config, tokenizer, task.load_prompts(config)[0])

@@ -20,6 +20,7 @@ from rlhf_jax.data.preferences import preference_ranking, read_preferences, read
 from rlhf_jax.data.prompts import read_prompts
 from rlhf_jax.data.records import DataReport, Demonstration, Message, Prompt, Ranking
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer, train_bpe
+from rlhf_jax.objectives import SharedPrompts, shared_sizes
 from rlhf_jax.runtime.processes import Processes, is_first, meet
 from rlhf_jax.runtime.profile import profiled
 from rlhf_jax.runtime.resume import Kept, resumable
@@ -195,6 +196,11 @@ def ranking_rows(
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,
     )
+
+
+def shared_prompts(config, data) -> SharedPrompts | None:
+    """Columns of the longest prompt and response of `data`, where the act's `config` shares prompts."""
+    return shared_sizes(data.tokens, data.segment_ids, data.completion_mask) if config.share_prompts else None
 
 
 def prompt_rows(config: TaskConfig, tokenizer: Tokenizer, records: Sequence[Prompt]) -> PromptBatch:

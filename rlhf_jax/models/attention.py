@@ -201,12 +201,18 @@ def cudnn_attention(
     """cuDNN's fused kernel: NVIDIA GPUs, bfloat16 or float16, head width a multiple of 8 up to 128.
 
     `xla_attention` instead with a soft cap, and where T or S is odd, for which it has no gradient. Where the keys are the
-    queries' own row, it is told that none sees a later one, which the mask says too, and skips half of the products.
+    queries' own row, it is told that none sees a later one, which the mask says too, and skips half of the products. Not
+    under `vmap`, where JAX (up to 0.11.2) cannot batch a mask that heads share; see `under_vmap`.
     """
     if softcap is not None or query.shape[1] % 2 or key.shape[1] % 2:
         return xla_attention(query, key, value, sight, scale=scale, softcap=softcap)
     options = {"mask": sight.mask, "scale": scale, "is_causal": query.shape[1] == key.shape[1]}
     return jax.nn.dot_product_attention(query, key, value, **options, implementation="cudnn")
+
+
+def under_vmap(attention_fn: AttentionFn) -> AttentionFn:
+    """The implementation for many networks at once: `xla_attention` in the place of `cudnn_attention`, else the same."""
+    return xla_attention if attention_fn is cudnn_attention else attention_fn
 
 
 def tpu_attention(

@@ -24,6 +24,7 @@ from rlhf_jax.models.attention import (
     plain_attention,
     sights,
     tpu_attention,
+    under_vmap,
     xla_attention,
 )
 from rlhf_jax.runtime.flops import matmul_flops
@@ -227,6 +228,7 @@ def test_cudnn_equals_plain_attention(windows, keys):
 def test_the_best_implementation():
     gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
     assert best_for(gpu, dtype="bfloat16", head_dim=64) is cudnn_attention
+    assert [under_vmap(fn) for fn in (cudnn_attention, blocked_attention)] == [xla_attention, blocked_attention]
     for dtype, head_dim in (("float32", 64), ("bfloat16", 20), ("bfloat16", 256)):
         assert best_for(gpu, dtype=dtype, head_dim=head_dim) is xla_attention
     assert best_for(jax.devices("cpu")[0], dtype="bfloat16", head_dim=64) is xla_attention
