@@ -1,10 +1,12 @@
 """Comparisons that run their prompt once, against the plain objectives: losses, metrics, gradients, and what does not fit."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -22,6 +24,8 @@ from rlhf_jax.objectives import (
     shared_sizes,
 )
 from rlhf_jax.runtime.flops import matmul_flops
+from rlhf_jax.runtime.metrics import check_finite
+from rlhf_jax.training.train_step import init_train_state, make_train_step
 from rlhf_jax.types import LabelledBatch, PreferenceBatch, RankingBatch
 
 CONFIG = dataclasses.replace(tiny.CONFIG, unroll=2)
@@ -153,19 +157,57 @@ def test_what_does_not_fit_is_nan(sizes, spoil):
     assert np.isfinite(logprobs[3]).all()
 
 
+def test_a_batch_that_does_not_fit_moves_nothing():
+    """The step hands the state back and says so, and the host raises."""
+    optimizer = optax.sgd(0.1)
+    objective = reward_model(tiny.MODEL, shared=SharedPrompts(5, 5))
+    state = init_train_state(scorer(CONFIG), optimizer)
+    after, metrics = jax.jit(make_train_step(objective, optimizer))(state, rankings(2, False))
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    with pytest.raises(FloatingPointError, match="the gradient"):
+        check_finite({name: float(x) for name, x in metrics.items()}, stage="rm", step=0)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_masked_place_may_hold_anything(place):
+    """Another prompt, or a response too long: what is masked out of a ranking is not compared, and not learned from."""
+    batch = rankings(4, False)
+    spoilt = batch.replace(
+        tokens=batch.tokens.at[0, place, 1].add(1).at[1, place, 1].add(1),
+        segment_ids=batch.segment_ids.at[0, place].set(1),
+        completion_mask=batch.completion_mask.at[0, place, 3:].set(True),
+        mask=batch.mask.at[:2, place].set(False),
+    )
+    params = scorer(CONFIG)
+    plain, shared = (everything(reward_model(tiny.MODEL, shared=s), params, spoilt) for s in (None, SIZES))
+    close(shared, plain)
+
+
 def test_a_model_that_cannot_fork():
     objective = reward_model(tiny.MODEL._replace(fork_cache=None), shared=SIZES)
     with pytest.raises(ValueError, match="fork_cache"):
         objective(scorer(CONFIG), rankings(2, True))
 
 
-def test_the_prompt_is_run_once():
+@pytest.mark.parametrize("name", ["rankings", "pairs", "labelled"])
+def test_the_prompt_is_run_once(name):
     """Of a network's products with weights, those of the prompt's second run are gone."""
+    tokens, segments, mask = rows(2, True)
+    options = {"ref_logprobs": jnp.zeros(tokens.shape)}
+    every = jnp.ones((4,), bool)
+
+    def loss(params, shared):
+        if name == "rankings":
+            return reward_model(tiny.MODEL, shared=shared)(params, rankings(2, True))[0]
+        if name == "pairs":
+            batch = PreferenceBatch(tokens, segments, mask, mask=every, **options)
+            return preference(tiny.MODEL, dpo_loss, beta=0.1, shared=shared)(params["trunk"], batch)[0]
+        batch = LabelledBatch(tokens, segments, mask, desirable=every, **options)
+        return labelled_preference(tiny.MODEL, kto_loss, shared=shared)(params["trunk"], batch)[0]
+
     params = jax.eval_shape(lambda: scorer(CONFIG))
-    plain, shared = (
-        matmul_flops(lambda params, s=sizes: reward_model(tiny.MODEL, shared=s)(params, rankings(2, True))[0], params)
-        for sizes in (None, SIZES)
-    )
+    plain, shared = (matmul_flops(partial(loss, shared=sizes), params) for sizes in (None, SIZES))
     c = CONFIG
     per_column = c.model_dim * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.model_dim * c.mlp_dim
     saved = 2 * 4 * (2 * LENGTH - SIZES.prompt - 2 * SIZES.completion) * c.num_layers * per_column

@@ -73,11 +73,11 @@ def labelled_preference(
 
     Its reference point z is a mean over the batch at hand (`kto_baseline`), so this objective alone depends on how a
     batch is split: micro-batches each estimate their own z. Devices share one, since they hold one batch. Keep batches of
-    a few dozen rows or more; the paper uses 32.
+    a few dozen rows or more; the paper uses 32. With `shared` both completions of a row run their prompt once.
     """
 
     def objective(params: Params, batch: LabelledBatch):
-        logprobs = pair_token_logprobs(model, params, batch)
+        logprobs = pair_token_logprobs(model, params, batch, shared)
         own, mismatched, ref_own, ref_mismatched = against_reference(
             logprobs, batch.ref_logprobs, batch.completion_mask
         )

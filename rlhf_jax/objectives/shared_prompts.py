@@ -26,7 +26,7 @@ Comparisons = RankingBatch | PreferenceBatch | LabelledBatch
 
 class SharedPrompts(NamedTuple):
     """Columns that the parts are given. A batch that does not fit, or whose rows have different prompts, yields NaN: no step
-    is taken with it, and the host's check of what is finite raises."""
+    is taken with it, and the host's check of what is finite raises. Places that a ranking masks out are not compared."""
 
     prompt: int
     completion: int
@@ -57,6 +57,8 @@ def shared_scores(
     model: CausalModel, params: Params, batch: Comparisons, sizes: SharedPrompts, *, mean_over_completion: bool = False
 ) -> jax.Array:
     """`sequence_scores` of all responses, `[B, K]`: the head read at the last token, or its mean over the completion's.
+
+    Of places that a ranking masks out the scores are finite and mean nothing.
 
     Args:
       model: the trunk's functions, `fork_cache` among them.
@@ -101,13 +103,14 @@ def shared_token_logprobs(model: CausalModel, params: Params, batch: Comparisons
 
 
 def _split(batch: Comparisons, sizes: SharedPrompts) -> _Parts:
-    """Prompts, of the first row that holds a response, and completions."""
+    """Prompts, of the first row that counts, and completions. A row counts that holds a response and is not masked out."""
     real, held = batch.segment_ids > 0, jnp.any(batch.completion_mask, axis=2)
+    counts = held & batch.mask if isinstance(batch, RankingBatch) else held
     first, begin = jnp.argmax(batch.completion_mask, axis=2), jnp.argmax(real, axis=2)
     sizes_of_prompts, end = first - begin, real.shape[2] - jnp.argmax(real[:, :, ::-1], axis=2)
     prompt_columns = first[:, :, None] + _range(-sizes.prompt, 0)
     prompts = _gather(batch.tokens, prompt_columns, prompt_columns >= begin[:, :, None])
-    chosen = jnp.argmax(held, axis=1)[:, None]
+    chosen = jnp.argmax(counts, axis=1)[:, None]
     sizes_of_chosen = jnp.take_along_axis(sizes_of_prompts, chosen, axis=1)
     prompt = jnp.take_along_axis(prompts, chosen[:, :, None], axis=1)
     same = jnp.all(prompts == prompt, axis=2) & (sizes_of_prompts == sizes_of_chosen)
@@ -121,7 +124,7 @@ def _split(batch: Comparisons, sizes: SharedPrompts) -> _Parts:
         completions=_gather(batch.tokens, columns, inside).reshape(flat),
         segments=inside.astype(jnp.int32).reshape(flat),
         first=first,
-        fits=fits | ~held,
+        fits=fits | ~counts,
     )
 
 
