@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.generation.noise import gumbel
+
 
 def _largest_threshold(holds: Callable[[jax.Array], jax.Array], num_rows: int) -> jax.Array:
     """The largest float32 `t [B, 1]` for which `holds(t)`: of every row true up to some number, then false; -inf if never.
@@ -83,6 +85,6 @@ def sample_token(
     if top_p < 1.0:
         scaled = filter_top_p(scaled, top_p)
     if not greedy:  # the largest of logits + Gumbel noise has the law softmax(logits), as in `jax.random.categorical`
-        scaled = scaled + jax.random.gumbel(key, scaled.shape, scaled.dtype)
+        scaled = scaled + gumbel(key, scaled.shape)
     tokens = _first_largest(scaled)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
