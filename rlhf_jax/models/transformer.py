@@ -192,6 +192,8 @@ def _rotation_by_kind(config: TransformerConfig, positions: jax.Array):
         if ropes
         else None
     )
+    # Without the barrier XLA fuses cosine and sine into every layer's queries and keys, once a head.
+    rotations = jax.lax.optimization_barrier(rotations)
     return lambda kind: jax.tree.map(lambda x: x[kind], rotations)
 
 
