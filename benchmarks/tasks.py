@@ -27,6 +27,7 @@ from roofline import Phase, Rates, line, machine, num_bytes
 from work import FIRST_WORD, LEARNING_RATE, MODELS, STEPS, Sizes, Weights, stored_weights, words
 
 import rlhf_jax as rl
+from rlhf_jax.runtime.heap import COMPILED, give_back_after_compiling
 from rlhf_jax.training.ppo import PPOIteration
 from rlhf_jax.types import Metrics, Objective, Params
 
@@ -292,9 +293,10 @@ def measure(task: Task, warmup: int, steps: int, rates: Callable[[], Rates] = ma
     compiling: list[float] = []
 
     def listen(event: str, seconds: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
+        if event == COMPILED:
             compiling.append(seconds)
 
+    give_back_after_compiling()
     jax.monitoring.register_event_duration_secs_listener(listen)
     jax.block_until_ready(task.step(0))
     first = process_age()

@@ -19,6 +19,7 @@ from task import TaskConfig
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.runtime import checkpoint
 from rlhf_jax.runtime.fingerprint import short
+from rlhf_jax.runtime.heap import give_back_after_compiling
 from rlhf_jax.runtime.processes import Processes, is_first, joined, meet
 from rlhf_jax.runtime.resume import forget
 from rlhf_jax.runtime.runs import locked, write_json
@@ -29,7 +30,8 @@ CACHE = os.environ.get("RLHF_JAX_CACHE", str(Path.home() / ".cache" / "rlhf_jax"
 
 
 def keep_programs() -> None:
-    """Compiled programs stay in `CACHE`, where JAX has been told of no other folder."""
+    """Compiled programs stay in `CACHE`, where JAX has been told of no other folder; what compiling took does not stay."""
+    give_back_after_compiling()
     if CACHE and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", CACHE)
 
