@@ -5,6 +5,7 @@ all micro-batches and devices have added theirs, so neither can change a gradien
 """
 
 from rlhf_jax.objectives.forward import policy_hidden, policy_laws, sequence_token_logprobs, whole_rows
+from rlhf_jax.objectives.gradient_first import gradient_first
 from rlhf_jax.objectives.policy import (
     CriticFn,
     PolicyBatch,
@@ -36,6 +37,7 @@ __all__ = [
     "StepBatch",
     "actor_critic",
     "attribute_regression",
+    "gradient_first",
     "labelled_preference",
     "of_policy",
     "pair_token_logprobs",

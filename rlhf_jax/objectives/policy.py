@@ -13,11 +13,12 @@ from rlhf_jax.functional.masking import masked_sum, shift_right
 from rlhf_jax.functional.policy_losses import clipped_policy_loss, clipped_value_loss
 from rlhf_jax.models.heads import scalar_head
 from rlhf_jax.objectives.forward import completions, policy_hidden, policy_laws, sequence_token_logprobs
+from rlhf_jax.objectives.gradient_first import gradient_first
 from rlhf_jax.types import CausalModel, Experience, Objective, Params, SequenceBatch
 
-CriticFn: TypeAlias = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+CriticFn: TypeAlias = Callable[[Params, jax.Array | None, jax.Array, jax.Array], jax.Array]
 """`critic(critic_params, policy_hidden [B, T, D], tokens, segment_ids) -> values [B, T]`, token-aligned. Where its caller has
-`completion_columns` N, hidden states and values may be those of the last N + 1 columns."""
+`completion_columns` N, hidden states and values may be those of the last N + 1 columns; with `critic_first` there are none."""
 
 
 def separate_critic(model: CausalModel, *, completion_columns: int | None = None) -> CriticFn:
@@ -26,7 +27,7 @@ def separate_critic(model: CausalModel, *, completion_columns: int | None = None
     `completion_columns` as its caller's, `actor_critic` and `make_experience_fn`.
     """
 
-    def critic(params: Params, hidden: jax.Array, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def critic(params: Params, hidden: jax.Array | None, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
         del hidden
         options = {"completion_columns": completion_columns}
         hidden = policy_hidden(model, params["trunk"], tokens, segment_ids, **options)
@@ -35,9 +36,13 @@ def separate_critic(model: CausalModel, *, completion_columns: int | None = None
     return critic
 
 
-def shared_critic(params: Params, hidden: jax.Array, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def shared_critic(params: Params, hidden: jax.Array | None, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """A head on the policy's own hidden states: `critic_params = {"head": ...}` (Ziegler et al. 2019)."""
     del tokens, segment_ids
+    if hidden is None:
+        raise ValueError(
+            "critic_first: shared_critic reads the policy's states, which come later; fix: separate_critic"
+        )
     return shift_right(scalar_head(params["head"], hidden))
 
 
@@ -62,6 +67,7 @@ def actor_critic(
     vf_coef: float = 0.1,
     entropy_coef: float | jax.Array = 0.0,
     completion_columns: int | None = None,
+    critic_first: bool = False,
 ) -> Objective:
     """PPO's loss per completion token (Schulman et al. 2017; defaults of Ziegler et al. 2019, lm-human-preferences).
 
@@ -71,15 +77,36 @@ def actor_critic(
 
     `completion_columns`, the sampler's `max_new_tokens`: completions lie in so many last columns, and only there, and in the
     column before, are states wanted and logits made. None asks nothing of the rows and computes all.
+
+    `critic_first`, for a critic that does not read the policy's hidden states: its gradient is there before the policy runs
+    (`gradient_first`), so that the activations of one network are in memory, not of two, where layers are unrolled. The same
+    to rounding.
+
+    Raises:
+      ValueError: `critic_first` with `shared_critic`, while tracing.
     """
 
     pick = completions(completion_columns)
     no_bonus = isinstance(entropy_coef, int | float) and entropy_coef == 0  # then no gradient of entropies is computed
 
+    def of_values(
+        critic_params: Params, experience: Experience, hidden: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Losses `[B, T]`, and where values are further from the old ones than the clip."""
+        values = pick(critic(critic_params, hidden, experience.tokens, experience.segment_ids))
+        data = jax.tree.map(pick, experience)
+        losses = clipped_value_loss(values, data.old_values, data.returns, clip=value_clip)
+        return losses, jnp.abs(values - data.old_values) > value_clip
+
+    def of_all_values(critic_params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
+        losses, clipped = of_values(critic_params, experience, None)
+        return masked_sum(losses, pick(experience.mask)), masked_sum(clipped, pick(experience.mask))
+
     def objective(params: Params, batch: PolicyBatch):
         rows = (batch.experience.tokens, batch.experience.segment_ids)
+        if critic_first:
+            value, value_clipped, rows = gradient_first(of_all_values, params["critic"], batch.experience, rows)
         hidden = policy_hidden(model, params["policy"], *rows, completion_columns=completion_columns)
-        values = pick(critic(params["critic"], hidden, *rows))
         data = jax.tree.map(pick, batch.experience)
         mask = data.mask
         laws = policy_laws(model, params["policy"], hidden, data.tokens, mask, temperature=temperature)
@@ -92,23 +119,27 @@ def actor_critic(
             clip_high=clip_high,
             dual_clip=dual_clip,
         )
-        value_losses = clipped_value_loss(values, data.old_values, data.returns, clip=value_clip)
         weight = mask.sum().astype(jnp.float32)
-        losses = policy_losses + vf_coef * value_losses
+        losses = policy_losses
+        if not critic_first:
+            value_losses, clipped = of_values(params["critic"], batch.experience, hidden)
+            value, value_clipped = masked_sum(value_losses, mask), masked_sum(clipped, mask)
+            losses = losses + vf_coef * value_losses
         if not no_bonus:
             losses = losses - entropy_coef * entropies
         total = masked_sum(losses, mask)
+        if critic_first:
+            total = total + vf_coef * value
         ratio = jnp.exp(jnp.where(mask, logprobs - data.old_logprobs, 0.0))
         clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-        value_clipped = jnp.abs(values - data.old_values) > value_clip
         metrics = {
             "loss/policy_avg": (masked_sum(policy_losses, mask), weight),
-            "loss/value_avg": (masked_sum(value_losses, mask), weight),
+            "loss/value_avg": (value, weight),
             "policy/entropy_avg": (masked_sum(entropies, mask), weight),
             "policy/approxkl_avg": (masked_sum(k2(logprobs, data.old_logprobs), mask), weight),
             "policy/clipfrac_avg": (masked_sum(clipped, mask), weight),
             "val/ratio": (masked_sum(ratio, mask), weight),
-            "val/clipfrac_avg": (masked_sum(value_clipped, mask), weight),
+            "val/clipfrac_avg": (value_clipped, weight),
         }
         if batch.demonstrations is not None:
             nll, metrics["loss/ptx_avg"] = _weighted_nll(model, params["policy"], batch)
