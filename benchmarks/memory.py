@@ -1,10 +1,10 @@
-"""Logits at once against logits in chunks: temporaries over the vocabulary, seconds over tokens, and a whole step at two sizes.
+"""Logits at once or in chunks: temporaries over the vocabulary, seconds over tokens, whole steps; policy and critic in turn.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--only-critic]
 
-Prints one JSON line a measurement. Memory is the compiler's count of a step's temporaries (`memory_analysis`) for the value and
-gradient of the SFT objective, so nothing as large is run; seconds are medians of steps taken in turns, and what counts is
-the ratio. Ten minutes of CPU time; other work on the machine blurs the ratios.
+Prints one JSON line a measurement. Memory is the compiler's count of a step's temporaries (`memory_analysis`): of the value and
+gradient of the SFT objective, and of a PPO step, so nothing as large is run. Seconds are medians of steps taken in turns, and
+what counts is the ratio. Ten minutes of CPU time; other work on the machine blurs the ratios.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from work import LEARNING_RATE, MODELS
 
 import rlhf_jax as rl
 
@@ -87,6 +88,27 @@ def memory(width=16, num_rows=16, length=512):
         print(json.dumps(line | {"one [B, T, V]": one, "plain": megabytes(plain), "chunked": megabytes(chunked)}))
 
 
+def critic_first(num_rows=8, length=128, new=64):
+    """Temporaries of a PPO step of `small` networks, both at once and the critic first."""
+    network = MODELS["small"]
+    model, optimizer, read = rl.causal_model(network), rl.adam_optimizer(LEARNING_RATE), {"completion_columns": new}
+    ids, floats = jnp.ones((num_rows, length), jnp.int32), jnp.zeros((num_rows, length))
+    rollout = rl.Experience(ids, ids, ids > 0, floats, floats, old_values=floats, returns=floats)
+
+    def start():
+        trunk = rl.transformer.init(jax.random.key(0), network)
+        critic = {"trunk": trunk, "head": rl.init_value_head(network.model_dim)}
+        return rl.init_train_state({"policy": trunk, "critic": critic}, optimizer), rl.PolicyBatch(rollout)
+
+    def temporaries(first):
+        objective = rl.actor_critic(model, rl.separate_critic(model, **read), **read, critic_first=first)
+        step = jax.jit(rl.make_train_step(objective, optimizer), donate_argnums=0)
+        return megabytes(step.lower(*jax.eval_shape(start)).compile())
+
+    line = {"what": "temporaries of a PPO step, MB", "rows": num_rows, "length": length}
+    print(json.dumps(line | {"both at once": temporaries(False), "critic first": temporaries(True)}))
+
+
 def per_token(width=16, vocab_size=8_192, length=256, largest_plain=16_384):
     """Microseconds a token over the tokens of a step, all steps in turns."""
     runs = {}
@@ -139,7 +161,10 @@ def whole_steps(repeats):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
-    memory()
-    whole_steps(repeats)
-    per_token()
+    parser.add_argument("--only-critic", action="store_true", help="the PPO step alone, half a minute")
+    options = parser.parse_args()
+    critic_first()
+    if not options.only_critic:
+        memory()
+        whole_steps(options.repeats)
+        per_token()

@@ -75,21 +75,25 @@ def networks(config):
     return {"policy": policy, "critic": {"trunk": trunk, "head": init_reward_head(jax.random.key(2), config.model_dim)}}
 
 
-def step_of(model, first, columns=None, num_micro_batches=1):
+def step_of(model, first, columns=None, num_micro_batches=1, vf_coef=0.7, value_clip=0.2):
     """A step of plain gradient descent of size 1: what it changes is the gradient."""
     critic = separate_critic(model, completion_columns=columns)
-    options = {"entropy_coef": 0.1, "vf_coef": 0.7, "completion_columns": columns, "critic_first": first}
-    objective = actor_critic(model, critic, **options)
+    options = {"entropy_coef": 0.1, "vf_coef": vf_coef, "value_clip": value_clip, "completion_columns": columns}
+    objective = actor_critic(model, critic, **options, critic_first=first)
     return make_train_step(objective, optax.sgd(1.0), num_micro_batches=num_micro_batches)
 
 
 @pytest.mark.parametrize("columns", [None, 4])
 def test_critic_first_is_the_same_step(columns):
-    """Parameters and metrics, of micro-batches in which different numbers of tokens count."""
+    """Parameters and metrics, of micro-batches in which different numbers of tokens count, for several coefficients at once."""
     state, batch = init_train_state(networks(tiny.CONFIG), optax.sgd(1.0)), PolicyBatch(experience(4, 8, tiny.VOCAB))
 
     def stepped(first):
-        return jax.jit(step_of(tiny.MODEL, first, columns, num_micro_batches=2))(state, batch)
+        def of(coefficient):
+            options = {"vf_coef": coefficient, "value_clip": 0.5 * coefficient}
+            return step_of(tiny.MODEL, first, columns, num_micro_batches=2, **options)(state, batch)
+
+        return jax.jit(jax.vmap(of))(jnp.asarray([0.7, 0.1]))
 
     found, expected = (jax.tree.leaves_with_path(stepped(first)) for first in (True, False))
     for (path, a), (_, b) in zip(found, expected, strict=True):
