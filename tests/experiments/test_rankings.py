@@ -76,6 +76,38 @@ def test_buckets_cut_padding_and_change_no_loss(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain, jax.tree.map(lambda x: x[rows], data))
 
 
+@pytest.mark.parametrize("act", ["reward_model", "dpo"])
+def test_shared_prompts_change_no_loss(run, tmp_path, monkeypatch, act):
+    """From the sampled answers on, step by step."""
+    asked, shared_prompts = [], task.shared_prompts
+    monkeypatch.setattr(task, "shared_prompts", lambda *args: asked.append(shared_prompts(*args)) or asked[-1])
+    tokenizer, network, policy = sft.load(run.run)
+    prompts, _ = task.load_prompts(run)
+    questions = [record.prompt[0].content for record in prompts[:24]]
+    rankings = sampling.collect_rankings(run, network, tokenizer, policy, questions, num_responses=3, seed=0)
+    numbers = {"num_epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
+    logged = []
+    for share in (False, True):
+        folder = tmp_path / f"shared_{share}"
+        folder.mkdir()
+        options = {"seed": 0, "keep": task.keeper(dataclasses.replace(run, run=folder)), "stage": act}
+        if act == "dpo":
+            settings = dpo.DPOConfig(**numbers, share_prompts=share)
+            data = dpo.as_batch(as_config(dpo.Config, run, dpo=settings), network, tokenizer, rankings, policy)
+            dpo.train(settings, network, policy, data, **options)
+        else:
+            settings = RewardModelConfig(**numbers, num_responses=3, share_prompts=share)
+            data = task.ranking_rows(run, tokenizer, rankings, num_responses=3)
+            reward_model.train(settings, network, policy, data, **options)
+        logged.append(
+            [row["loss" if "loss" in row else "rm/loss"] for row in read_json_lines(folder / "metrics.jsonl")]
+        )
+    assert asked[0] is None
+    assert 1 < asked[1].prompt <= run.prompt_length
+    assert len(set(logged[0])) == len(logged[0]) >= 6
+    np.testing.assert_allclose(*logged, rtol=1e-4)
+
+
 @pytest.mark.parametrize("numbers", [{"buckets": -1}, {"buckets": 2, "ensemble": 2}])
 def test_buckets_that_cannot_be_are_refused_at_once(tmp_path, numbers):
     config = reward_model.Config(run=tmp_path / "run", reward=RewardModelConfig(**numbers))
