@@ -5,6 +5,8 @@ import sys
 
 import compare
 import jax
+import numpy as np
+import products
 import pytest
 import roofline
 import tasks
@@ -62,6 +64,23 @@ def test_the_bound_is_the_longer_time_of_each_phase():
     phases = {"one": roofline.Phase(100.0, 10.0), "other": roofline.Phase(10.0, 60.0)}
     assert roofline.bound(phases, roofline.Rates(flops=10.0, bytes=20.0)) == 10 + 3
     assert roofline.line(phases, roofline.Rates(10.0, 20.0), 26.0)["fraction"] == 0.5
+
+
+def test_both_libraries_multiply_the_same():
+    pytest.importorskip("torch")
+    left, right = (
+        np.random.default_rng(i).standard_normal(shape, np.float32) for i, shape in enumerate([(3, 5), (5, 4)])
+    )
+    for multiply in (products.multiply_xla, products.multiply_torch):
+        np.testing.assert_allclose(np.asarray(multiply(left, right)()), left.astype(float) @ right, rtol=1e-5)
+
+
+def test_rates_count_every_multiplication_and_addition(monkeypatch):
+    """On a clock of our own: two milliseconds a row."""
+    monkeypatch.setattr(products, "seconds", lambda run: 2.0 * run())
+    monkeypatch.setattr(products, "SHAPES", {"one": (1000, 500, 2000), "other": (10, 1000, 100)})
+    found = products.rates(lambda left, right: lambda: left.shape[0] / 1000, calls=3)
+    assert found == {"one": 1.0, "other": 0.1}
 
 
 def test_stored_weights_are_those_that_were_written(tmp_path):
