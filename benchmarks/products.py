@@ -2,7 +2,7 @@
 
     python benchmarks/products.py
 
-One JSON line a shape: GFLOP/s of both, each the median over five turns of the median call, and the median ratio with its range.
+One JSON line a shape: GFLOP/s of both, each the median over the turns of the median call, and the median ratio with its range.
 Where one library multiplies faster, a comparison of whole tasks starts from there. A process a turn and library, so that the
 threads of one do not wait for the other's; PyTorch comes with the extra `parity`.
 """
@@ -10,14 +10,16 @@ threads of one do not wait for the other's; PyTorch comes with the extra `parity
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from compare import run
 from roofline import seconds
 from work import MODELS, Sizes
 
@@ -45,9 +47,7 @@ class Config:
 
 def multiply_xla(left: np.ndarray, right: np.ndarray) -> Callable[[], Any]:
     """Both on the device, the product compiled."""
-    import jax
-
-    product, operands = jax.jit(lambda x, y: x @ y), (jax.numpy.asarray(left), jax.numpy.asarray(right))
+    product, operands = jax.jit(lambda x, y: x @ y), (jnp.asarray(left), jnp.asarray(right))
     return lambda: product(*operands)
 
 
@@ -64,22 +64,22 @@ def rates(multiply: Callable[[np.ndarray, np.ndarray], Callable[[], Any]], calls
     found, random = {}, np.random.default_rng(0)
     for name, (rows, summed, columns) in SHAPES.items():
         left, right = (random.standard_normal(shape, np.float32) for shape in ((rows, summed), (summed, columns)))
-        run = multiply(left, right)
-        times = [seconds(run) for _ in range(calls)]
+        product = multiply(left, right)
+        times = [seconds(product) for _ in range(calls)]
         found[name] = round(2 * rows * summed * columns / statistics.median(times[1:]) / 1e9, 1)
     return found
 
 
 def turn(library: str) -> dict[str, float]:
     """In a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--library", library]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return run([sys.executable, str(Path(__file__)), "--library", library])["value"]
 
 
 def main(config: Config) -> None:
     """Both in turns, or one."""
     if config.library != "both":
-        print(json.dumps(rates({"xla": multiply_xla, "torch": multiply_torch}[config.library])))
+        multiply = {"xla": multiply_xla, "torch": multiply_torch}[config.library]
+        print(json.dumps({"lib": config.library, "unit": "GFLOP/s", "value": rates(multiply)}))
         return
     turns = [(turn("xla"), turn("torch")) for _ in range(config.turns)]
     for name, shape in SHAPES.items():
